@@ -1,0 +1,257 @@
+"""The command line. Every error raised on purpose is one line on stderr and exit code 2."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bitwright.errors import BadRequest, BitwrightError
+
+app = typer.Typer(
+    help="Quantize large language models and prove the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+screen = Console(stderr=True)
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or GGUF file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[str, typer.Argument(help="Folder to write.")],
+    scheme: Annotated[str, typer.Option(help="W4A16, W8A16, ...")] = "W4A16",
+    method: Annotated[str, typer.Option(help="How codes are chosen.")] = "rtn",
+    group_size: Annotated[str, typer.Option(help="auto, a number, or -1 per channel.")] = "auto",
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Use zero points.")] = False,
+    format: Annotated[str, typer.Option(help="On-disk format.")] = "compressed-tensors",
+    calibration: Annotated[
+        str | None, typer.Option(help="A .txt or .jsonl file, pydoc, self, or a hub dataset id.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per sample.")] = 2048,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Regex of layers to leave in 16 bits; repeatable.")
+    ] = None,
+    search: Annotated[str, typer.Option(help="Scale search: mse or absmax.")] = "mse",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print, stop.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL into the folder OUT."""
+    from bitwright import api
+
+    quiet = quiet or as_json
+    _require_device(device)
+    prepared = api.prepare(
+        model,
+        scheme=scheme,
+        method=method,
+        group_size=group_size,
+        asymmetric=asymmetric,
+        format=format,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        ignore=ignore or (),
+        seed=seed,
+        search=search,
+        trust_remote_code=trust_remote_code,
+    )
+    if not quiet:
+        for note in prepared.plan.notes:
+            screen.print(f"[yellow]note[/] {note}")
+    if dry_run:
+        plan = prepared.plan.to_json() | {
+            "bits_per_weight": prepared.plan.bits_per_weight,
+            "predicted": asdict(prepared.prediction),
+        }
+        if as_json:
+            print(json.dumps(plan))
+        else:
+            _print_plan(prepared)
+        return
+    with _progress(quiet) as advance:
+        report = api.execute(prepared, out, overwrite=overwrite, progress=advance)
+    layers = [
+        {key: value for key, value in asdict(row).items() if value not in ("", None)}
+        for row in report.layers
+    ]
+    result = {
+        "output": out,
+        "scheme": report.plan.scheme.name,
+        "method": report.plan.method,
+        "bits_per_weight": report.plan.bits_per_weight,
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
+        "seconds": report.seconds,
+        "peak_rss_bytes": report.peak_rss_bytes,
+        "layers": layers,
+    }
+    if as_json:
+        print(json.dumps(result))
+    elif not quiet:
+        for row in report.layers:
+            if row.fallback:
+                screen.print(f"[yellow]fallback[/] {row.name}: {row.fallback}")
+        screen.print(
+            f"{out}: {report.plan.scheme.name} by {report.plan.method}, "
+            f"{report.plan.bits_per_weight:.3f} bits per weight, "
+            f"{report.bytes_before / 1e6:.1f} -> {report.bytes_after / 1e6:.1f} MB, "
+            f"{report.seconds:.1f} s, peak {report.peak_rss_bytes / 1e6:.0f} MB"
+        )
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    reference: Annotated[str | None, typer.Option(help="The original, for divergence.")] = None,
+    text: Annotated[str, typer.Option(help="A .txt or .jsonl file, or pydoc.")] = "pydoc",
+    windows: Annotated[int, typer.Option(min=1, help="Windows to score.")] = 40,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, and divergence from a reference."""
+    from bitwright import api
+
+    with _progress(quiet or as_json) as advance:
+        result = api.evaluate(
+            model,
+            reference=reference,
+            text=text,
+            windows=windows,
+            sequence_length=sequence_length,
+            progress=lambda done, total: advance(done, total, "windows"),
+        )
+    if as_json:
+        print(json.dumps(asdict(result)))
+        return
+    table = Table("measure", "value")
+    for key, value in asdict(result).items():
+        if value is not None:
+            table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Answer one prompt, greedily."""
+    from bitwright import api
+
+    print(api.generate(model, prompt, max_new_tokens=max_new_tokens))
+
+
+@app.command()
+def inspect(model: Model, as_json: Json = False) -> None:
+    """List every tensor's scheme, shape and bits, and what was left alone."""
+    from bitwright import api
+
+    found = api.inspect(model)
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table("tensor", "scheme", "shape", "bits", "KB", title=f"{model} ({found['format']})")
+    for row in found["tensors"]:
+        scheme = str(row["scheme"])
+        if "group_size" in row:
+            scheme += f" g{row['group_size']}" + (" asym" if row["asymmetric"] else "")
+        shape = "x".join(map(str, row["shape"]))
+        table.add_row(
+            row["name"], scheme, shape, f"{row['bits']:.2f}", f"{row['bytes'] / 1e3:.1f}"
+        )
+    out = Console()
+    out.print(table)
+    for name, reason in found["left_alone"].items():
+        out.print(f"left alone: {name} ({reason})")
+    out.print(f"total {found['bytes'] / 1e6:.1f} MB")
+
+
+def main() -> None:
+    """Entry point of the ``bitwright`` command."""
+    try:
+        app()
+    except BitwrightError as error:
+        message = " ".join(str(error).split())
+        print(f"bitwright: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("bitwright: stopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
+
+
+def _require_device(device: Device) -> None:
+    import torch
+
+    if device is Device.CUDA and not torch.cuda.is_available():
+        raise BadRequest("--device cuda: this machine has no usable CUDA device")
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=screen, disable=quiet, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda done, total, note: bar.update(
+            task, completed=done, total=total, description=note
+        )
+
+
+def _print_plan(prepared: Any) -> None:
+    plan, prediction = prepared.plan, prepared.prediction
+    table = Table("layer", "shape", "scheme", "bits")
+    for layer in plan.layers:
+        shape = "x".join(map(str, layer.shape))
+        if layer.scheme is None:
+            table.add_row(layer.name, shape, f"left alone: {layer.ignored}", "16")
+        else:
+            bits = layer.scheme.weight.bits_per_value(layer.shape)
+            table.add_row(layer.name, shape, layer.scheme.name, f"{bits:.3f}")
+    out = Console()
+    out.print(table)
+    out.print(
+        f"{plan.scheme.name} by {plan.method}: {plan.bits_per_weight:.3f} bits per weight; about "
+        f"{prediction.memory_bytes / 1e6:.0f} MB memory, {prediction.disk_bytes / 1e6:.0f} MB "
+        f"disk, {prediction.seconds:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Judging a model: perplexity, and divergence from the original."""

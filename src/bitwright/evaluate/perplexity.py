@@ -1,0 +1,88 @@
+"""Perplexity, and how far a model's predictions are from its reference's."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over all predicted tokens; natural logarithms. None where there is no reference."""
+
+    perplexity: float
+    reference_perplexity: float | None
+    kl_divergence: float | None
+    top1_agreement: float | None
+    windows: int
+    sequence_length: int
+    seconds: float
+
+
+def evaluate_model(
+    model: Any,
+    windows_NT: Tensor,
+    *,
+    reference: Any | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Score every window on its own, each token from the ones before it in the window.
+
+    KL divergence is KL(reference || model) over the whole vocabulary; top-1 agreement is the
+    share of positions where both rank the same token first. Logits are compared a few rows at
+    a time, so memory holds hidden states of one window, not its logits.
+    """
+    start = time.perf_counter()
+    nll = reference_nll = divergence = agreement = 0.0
+    count = 0
+    for index, window in enumerate(windows_NT):
+        progress(index, len(windows_NT))
+        hidden = _hidden(model, window)
+        reference_hidden = _hidden(reference, window) if reference is not None else None
+        targets = window[1:]
+        for first in range(0, len(targets), ROWS):
+            rows = slice(first, min(first + ROWS, len(targets)))
+            target = targets[rows, None]
+            log_p = log_softmax(_logits(model, hidden[rows]), -1)
+            nll -= float(log_p.gather(1, target).sum(dtype=torch.float64))
+            if reference_hidden is not None:
+                log_r = log_softmax(_logits(reference, reference_hidden[rows]), -1)
+                reference_nll -= float(log_r.gather(1, target).sum(dtype=torch.float64))
+                agreement += float((log_p.argmax(-1) == log_r.argmax(-1)).sum())
+                divergence += float((log_r.exp() * (log_r - log_p)).sum(dtype=torch.float64))
+        count += len(targets)
+    progress(len(windows_NT), len(windows_NT))
+    has_reference = reference is not None
+    return Evaluation(
+        perplexity=_exp(nll / count),
+        reference_perplexity=_exp(reference_nll / count) if has_reference else None,
+        kl_divergence=divergence / count if has_reference else None,
+        top1_agreement=agreement / count if has_reference else None,
+        windows=windows_NT.shape[0],
+        sequence_length=windows_NT.shape[1],
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _hidden(model: Any, window_T: Tensor) -> Tensor:
+    with torch.no_grad():
+        out = model.base_model(input_ids=window_T[None, :-1], use_cache=False)
+    hidden: Tensor = out.last_hidden_state[0]
+    return hidden
+
+
+def _logits(model: Any, hidden_TD: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model.get_output_embeddings()(hidden_TD).float()
+    cap = model.config.get_text_config().to_dict().get("final_logit_softcapping")
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _exp(x: float) -> float:
+    return float(torch.tensor(x, dtype=torch.float64).exp())

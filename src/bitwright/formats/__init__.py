@@ -1,0 +1,14 @@
+"""On-disk formats as pure pairs: no modules, no files."""
+
+from bitwright.errors import UnknownName
+from bitwright.formats.compressed_tensors import CompressedTensors
+from bitwright.schemes.protocols import Format
+
+FORMATS: dict[str, Format] = {"compressed-tensors": CompressedTensors()}
+
+
+def get_format(name: str) -> Format:
+    """The format called ``name``. Raises UnknownName, which lists the known ones."""
+    if name not in FORMATS:
+        raise UnknownName(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
+    return FORMATS[name]

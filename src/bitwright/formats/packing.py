@@ -1,0 +1,48 @@
+"""Every bit shuffle lives here.
+
+Dense little-endian packing: 32 codes of b bits fill exactly b int32 words; code i of the 32
+occupies bits [i*b, (i+1)*b) of the words seen as one long number, lowest bits first, so 3-,
+5-, 6- and 7-bit codes cross word borders. For 2, 4 and 8 bits no code crosses one. This is
+the layout of compressed-tensors (>= 0.19) and, along the other axis, of GPTQ's qweight.
+"""
+
+import torch
+from torch import Tensor
+
+
+def pack(codes: Tensor, bits: int, dim: int = 1) -> Tensor:
+    """uint8 codes (A, B) -> int32 words along ``dim``, ceil(side * bits / 32) of them."""
+    if dim == 0:
+        return pack(codes.T, bits).T.contiguous()
+    rows, cols = codes.shape
+    padded = -(-cols // 32) * 32
+    full = torch.nn.functional.pad(codes, (0, padded - cols)).to(torch.int64)
+    chunk = full.reshape(rows, padded // 32, 32)
+    words = torch.zeros(rows, padded // 32, bits, dtype=torch.int64, device=codes.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        words[..., word] |= chunk[..., i] << shift
+        if shift + bits > 32:
+            words[..., word + 1] |= chunk[..., i] >> (32 - shift)
+    words = words.reshape(rows, -1)[:, : -(-cols * bits // 32)] & 0xFFFFFFFF
+    return torch.where(words > 0x7FFFFFFF, words - (1 << 32), words).to(torch.int32)
+
+
+def unpack(words: Tensor, bits: int, side: int, dim: int = 1) -> Tensor:
+    """Inverse of `pack`: int32 words -> uint8 codes, ``side`` of them along ``dim``."""
+    if dim == 0:
+        return unpack(words.T, bits, side).T.contiguous()
+    rows = words.shape[0]
+    padded = -(-side // 32) * 32
+    full = words.to(torch.int64) & 0xFFFFFFFF
+    full = torch.nn.functional.pad(full, (0, padded // 32 * bits - words.shape[1]))
+    chunk = full.reshape(rows, padded // 32, bits)
+    mask = (1 << bits) - 1
+    codes = torch.empty(rows, padded // 32, 32, dtype=torch.uint8, device=words.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        value = chunk[..., word] >> shift
+        if shift + bits > 32:
+            value = value | (chunk[..., word + 1] << (32 - shift))
+        codes[..., i] = (value & mask).to(torch.uint8)
+    return codes.reshape(rows, padded)[:, :side]

@@ -1,0 +1,1 @@
+"""Pure functions, one file per paper: weights and statistics in, QuantizedLinear out."""

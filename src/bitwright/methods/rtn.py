@@ -1,0 +1,50 @@
+"""Round-to-nearest: the baseline every other method has to beat."""
+
+import torch
+from torch import Tensor
+
+from bitwright.numerics.groups import scale_shape
+from bitwright.numerics.scales import Search, choose_scale
+from bitwright.schemes.quantized import (
+    QuantizedLinear,
+    grouped,
+    grouped_importance,
+    quantize_to,
+)
+from bitwright.schemes.scheme import Spec
+from bitwright.schemes.stats import InputStats
+
+
+def rtn(
+    weight_OI: Tensor, stats: InputStats | None, spec: Spec, *, search: Search = "mse"
+) -> QuantizedLinear:
+    """Each weight to its nearest code; scales from `choose_scale`.
+
+    ``weight_OI``: float32 or float64 (O, I). With ``stats``, squared errors in the scale search
+    are weighted by the hessian's diagonal, the mean square of each input channel.
+    Raises BadShape if the group size does not divide I.
+    """
+    importance = None if stats is None else stats.hessian_II.diagonal()
+    scale_RG, zero_RG = choose_scales(weight_OI, spec, search=search, importance_I=importance)
+    return quantize_to(weight_OI, spec, scale_RG, zero_RG)
+
+
+def choose_scales(
+    weight_OI: Tensor, spec: Spec, *, search: Search, importance_I: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`choose_scale` for a whole weight: scale (R, G) and zero point (R, G) or None."""
+    shape = (weight_OI.shape[0], weight_OI.shape[1])
+    scales = scale_shape(shape, spec.group)
+    importance = None
+    if importance_I is not None and spec.group[0] == 1:
+        importance = grouped_importance(importance_I.to(weight_OI.dtype), shape, spec)
+    assert isinstance(spec.scale, torch.dtype)
+    scale, zero = choose_scale(
+        grouped(weight_OI, spec),
+        spec.grid,
+        dtype=spec.scale,
+        symmetric=not spec.asymmetric,
+        search=search,
+        importance_RC=importance,
+    )
+    return scale.reshape(scales), None if zero is None else zero.reshape(scales)

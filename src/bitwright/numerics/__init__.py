@@ -1,0 +1,1 @@
+"""Tensors and grid values only: no modules, no files, no logging."""

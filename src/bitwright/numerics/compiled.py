@@ -1,0 +1,71 @@
+"""The two inner loops that would be too slow as tensor operations, compiled for the CPU.
+
+Plain arithmetic on numpy arrays, no policy: their meaning is fixed by the tensor code that
+calls them (`scales.py`, `methods/gptq.py`), and tests hold the two against each other.
+"""
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Float = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+Codes = npt.NDArray[np.uint8]
+Index = npt.NDArray[np.int64]
+
+
+@numba.njit(parallel=True, cache=True, fastmath={"contract", "reassoc", "nsz"})  # type: ignore[untyped-decorator]
+def best_candidate(
+    x_NC: Float, weight_RC: Float, scale_NK: Float, zero_NK: Float, lowest: float, highest: float
+) -> Index:
+    """For each group of values, the candidate (scale, zero) of least weighted squared error.
+
+    Row n of ``x`` uses row n % R of ``weight``. Ties keep the earlier candidate.
+    """
+    groups, width = x_NC.shape
+    candidates = scale_NK.shape[1]
+    repeat = weight_RC.shape[0]
+    best_N = np.zeros(groups, dtype=np.int64)
+    for n in numba.prange(groups):
+        x = x_NC[n]
+        weight = weight_RC[n % repeat]
+        least = np.inf
+        for k in range(candidates):
+            scale = scale_NK[n, k]
+            zero = zero_NK[n, k]
+            inverse = x.dtype.type(1.0) / scale
+            error = x.dtype.type(0.0)
+            for c in range(width):
+                q = np.rint(x[c] * inverse) + zero
+                q = min(max(q, lowest), highest)
+                d = (q - zero) * scale - x[c]
+                error += weight[c] * d * d
+            if error < least:
+                least = error
+                best_N[n] = k
+    return best_N
+
+
+@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+def solve_columns(
+    w_OB: Float, u_BB: Float, scale_OB: Float, zero_OB: Float, lowest: float, highest: float
+) -> tuple[Codes, Float]:
+    """GPTQ's sequential step inside one batch of columns; ``w`` is overwritten.
+
+    Column i is rounded, its error divided by U[i, i], and every later column of the batch
+    loses error * U[i, j]. Returns (codes minus lowest, errors), both (O, B).
+    """
+    rows, width = w_OB.shape
+    codes_OB = np.empty((rows, width), dtype=np.uint8)
+    error_OB = np.empty_like(w_OB)
+    for o in numba.prange(rows):
+        w = w_OB[o]
+        for i in range(width):
+            scale = scale_OB[o, i]
+            zero = zero_OB[o, i]
+            q = min(max(np.rint(w[i] / scale) + zero, lowest), highest)
+            codes_OB[o, i] = np.uint8(q - lowest)
+            error = (w[i] - (q - zero) * scale) / u_BB[i, i]
+            error_OB[o, i] = error
+            for j in range(i + 1, width):
+                w[j] -= error * u_BB[i, j]
+    return codes_OB, error_OB

@@ -1,0 +1,34 @@
+"""The one factorization second-order methods need."""
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import NotPositiveDefinite
+
+
+def damped(hessian_II: Tensor, damp: float) -> Tensor:
+    """``hessian`` plus ``damp`` times its mean diagonal on the diagonal; the input is kept."""
+    out = hessian_II.clone()
+    out.diagonal().add_(damp * out.diagonal().mean())
+    return out
+
+
+def inverse_cholesky_upper(matrix_II: Tensor) -> Tensor:
+    """Upper U with inverse(matrix) = Uᵀ U, float32 or float64 as given.
+
+    Row i of U, divided by U[i, i], is how the remaining weights move when weight i is fixed
+    (Frantar et al. 2023, section 3.3). It equals inverse(L)ᵀ flipped, where L is the Cholesky
+    factor of the matrix with its axes reversed, so the inverse itself is never formed.
+
+    Raises NotPositiveDefinite; it never falls back.
+    """
+    reversed_II = matrix_II.flip(0, 1)
+    lower, info = torch.linalg.cholesky_ex(reversed_II)
+    if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
+        raise NotPositiveDefinite(
+            f"the hessian of size {matrix_II.shape[0]} is not positive definite: "
+            "raise the damping or give more calibration tokens"
+        )
+    identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.flip(0, 1)

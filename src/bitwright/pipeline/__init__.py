@@ -1,0 +1,1 @@
+"""The only stateful layer: files, modules, devices."""

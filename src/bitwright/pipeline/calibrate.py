@@ -1,0 +1,176 @@
+"""Replaying a block over the calibration tokens, and what is learned on the way."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.errors import UnsupportedModel
+from bitwright.pipeline.inputs import SharedInput
+from bitwright.pipeline.topology import BlockCall, Topology, call_block, run_until_blocks
+from bitwright.schemes.stats import InputStats
+
+TOKENS_PER_BATCH = 4096
+
+
+class HiddenStates:
+    """The input of the current block for every calibration sample, in a mapped file.
+
+    Batches of whole samples; block kwargs (masks, rotary tables) are recorded once per batch
+    size, after checking that they do not depend on the tokens.
+    """
+
+    def __init__(self, topology: Topology, tokens_NT: Tensor, file: Path) -> None:
+        samples, length = tokens_NT.shape
+        self.batch = max(1, min(samples, TOKENS_PER_BATCH // length))
+        self._calls: dict[int, list[BlockCall]] = {}
+        self._file = file
+        store: Tensor | None = None
+        with torch.no_grad():
+            for start in range(0, samples, self.batch):
+                tokens = tokens_NT[start : start + self.batch]
+                hidden, calls = run_until_blocks(topology, tokens)
+                known = self._calls.setdefault(len(tokens), calls)
+                _require_same(known, calls)
+                if store is None:
+                    size = samples * length * hidden.shape[-1]
+                    flat = torch.from_file(
+                        str(file), shared=True, size=size, dtype=hidden.dtype
+                    )
+                    store = flat.view(samples, length, hidden.shape[-1])
+                store[start : start + self.batch] = hidden
+        assert store is not None
+        self._store = store
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are."""
+        return self._store.shape[0] * self._store.shape[1]
+
+    def batches(self, index: int) -> Iterator[tuple[slice, Tensor, BlockCall]]:
+        """(where, hidden states, the call of block ``index``) for every batch."""
+        for start in range(0, self._store.shape[0], self.batch):
+            where = slice(start, min(start + self.batch, self._store.shape[0]))
+            yield where, self._store[where], self._calls[where.stop - where.start][index]
+
+    def put(self, where: slice, hidden_BTD: Tensor) -> None:
+        """Replace one batch by a block's output."""
+        self._store[where] = hidden_BTD
+
+    def close(self) -> None:
+        """Delete the file."""
+        del self._store
+        self._file.unlink(missing_ok=True)
+
+
+def _require_same(known: Sequence[BlockCall], calls: Sequence[BlockCall]) -> None:
+    for index, (a, b) in enumerate(zip(known, calls, strict=True)):
+        for key in set(a.kwargs) | set(b.kwargs):
+            if not _equal(a.kwargs.get(key), b.kwargs.get(key)):
+                raise UnsupportedModel(
+                    f"block {index} is called with {key!r} that depends on the tokens: its "
+                    "calibration cannot be replayed block by block"
+                )
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b)
+
+
+def advance(block: nn.Module, hidden: HiddenStates, index: int) -> None:
+    """Replace the stored hidden states by the block's outputs."""
+    with torch.no_grad():
+        for where, batch, call in hidden.batches(index):
+            hidden.put(where, call_block(block, batch, call))
+
+
+def collect(
+    block: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    shared: Sequence[SharedInput],
+    hidden: HiddenStates,
+    index: int,
+    on_output: Callable[[slice, Tensor], None] | None = None,
+) -> dict[SharedInput, InputStats]:
+    """Statistics of every shared input of a block, in one replay.
+
+    ``on_output`` receives each batch's output of the unquantized block.
+    """
+    sums = {group: _Sums() for group in shared}
+    handles = []
+    for group, total in sums.items():
+        first = linears[group.names[0]]
+        handles.append(first.register_forward_pre_hook(lambda _, args, t=total: t.add(args[0])))
+    try:
+        with torch.no_grad():
+            for where, batch, call in hidden.batches(index):
+                output = call_block(block, batch, call)
+                if on_output is not None:
+                    on_output(where, output)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {group: total.stats() for group, total in sums.items()}
+
+
+class _Sums:
+    """Running sums over tokens of one shared input."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.gram: Tensor | None = None
+        self.absolute: Tensor | None = None
+        self.largest: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        x_TI = x.reshape(-1, x.shape[-1])
+        absolute_TI = x_TI.abs()
+        gram, total, largest = gram_of(x_TI), absolute_TI.sum(0, torch.float32), absolute_TI.amax(0)
+        if self.gram is None or self.absolute is None or self.largest is None:
+            self.gram, self.absolute, self.largest = gram, total, largest
+        else:
+            self.gram += gram
+            self.absolute += total
+            self.largest = torch.maximum(self.largest, largest)
+        self.tokens += x_TI.shape[0]
+
+    def stats(self) -> InputStats:
+        assert self.gram is not None and self.absolute is not None and self.largest is not None
+        return InputStats(
+            hessian_II=self.gram / self.tokens,
+            absmean_I=self.absolute / self.tokens,
+            absmax_I=self.largest.float(),
+            tokens=self.tokens,
+        )
+
+
+def gram_of(x_TI: Tensor) -> Tensor:
+    """Xᵀ X in float32. bfloat16 inputs are multiplied as such (exactly) where that is faster."""
+    x = x_TI.float()
+    half = x.shape[1] // 2
+    with _bfloat16_products(x_TI.dtype is torch.bfloat16):
+        if half < 128:
+            return x.T @ x
+        gram = torch.empty(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+        gram[:half] = x[:, :half].T @ x
+        gram[half:, half:] = x[:, half:].T @ x[:, half:]
+        gram[half:, :half] = gram[:half, half:].T
+        return gram
+
+
+@contextmanager
+def _bfloat16_products(allowed: bool) -> Iterator[None]:
+    """Let the CPU take float32 factors as bfloat16: lossless when they came from bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    if allowed:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

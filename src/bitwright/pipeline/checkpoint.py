@@ -1,0 +1,293 @@
+"""Reading a Hugging Face folder tensor by tensor, and writing one that appears all at once."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bitwright.errors import BadCheckpoint, BadRequest, BadTensor, NoSpace
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+COMPANIONS = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "generation_config.json", "*.model", "preprocessor_config.json",
+    "processor_config.json", "LICENSE*",
+)  # fmt: skip
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is and what it is, from the headers alone."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors: header facts of every tensor, data read only when asked."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, copied out of the mapped files.
+
+        Files are unmapped on return, so memory holds what was asked for and no more.
+        Raises BadTensor for a floating-point tensor that is not finite.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        out: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            with _open(self.folder / file) as handle:
+                for name in wanted:
+                    tensor = handle.get_tensor(name).clone()
+                    if tensor.dtype in (torch.bfloat16, torch.float16, torch.float32):
+                        check_finite(tensor, name)
+                    out[name] = tensor
+        return out
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raises BadTensor if ``tensor`` holds NaN or infinity."""
+    # A sum is finite unless a member is not (or it overflows, which the second look settles).
+    if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise BadTensor(
+                f"tensor {name} holds {bad} NaN or infinite values: the checkpoint is damaged; "
+                "download or convert it again"
+            )
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers of a checkpoint folder. Raises BadCheckpoint with what is wrong."""
+    if not folder.exists():
+        raise BadCheckpoint(f"{folder} does not exist: give a Hugging Face folder or a GGUF file")
+    if not folder.is_dir():
+        raise BadCheckpoint(f"{folder} is not a folder with config.json and safetensors files")
+    config = _read_json(folder / "config.json")
+    shards = _shards(folder)
+    tensors: dict[str, TensorInfo] = {}
+    for shard, expected in shards.items():
+        with _open(folder / shard) as handle:
+            present = list(handle.keys())
+            if missing := expected - set(present):
+                raise BadCheckpoint(f"{folder / shard} lacks tensor {min(missing)} of its index")
+            for name in present if not expected else sorted(expected):
+                part = handle.get_slice(name)
+                kind = part.get_dtype()
+                if kind not in _DTYPES:
+                    raise BadTensor(f"tensor {name} has dtype {kind}, which bitwright cannot read")
+                tensors[name] = TensorInfo(shard, tuple(part.get_shape()), _DTYPES[kind])
+    return Checkpoint(folder, config, tensors)
+
+
+def _shards(folder: Path) -> dict[str, set[str]]:
+    """Shard file -> the tensors its index expects in it (empty: no index, all of them)."""
+    if (folder / INDEX).exists():
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise BadCheckpoint(f"{folder / INDEX} has no weight_map")
+        shards: dict[str, set[str]] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise BadCheckpoint(f"{INDEX} places {name} in {file!r}, outside the folder")
+            shards.setdefault(file, set()).add(name)
+        for file in shards:
+            if not (folder / file).exists():
+                raise BadCheckpoint(f"shard {folder / file} is missing: download it again")
+        return shards
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if SINGLE in files:
+        files = [SINGLE]
+    if files:
+        return {file: set() for file in files}
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise BadCheckpoint(
+            f"{folder} holds pickle weights (.bin), which can run code when loaded and are "
+            "refused: convert them to safetensors first"
+        )
+    raise BadCheckpoint(f"{folder} holds no .safetensors file")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise BadCheckpoint(
+            f"{path} is not a complete safetensors file ({error}): download it again"
+        ) from error
+    except OSError as error:
+        raise BadCheckpoint(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadCheckpoint(
+            f"{path.parent} has no {path.name}: it is not a Hugging Face checkpoint folder"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise BadCheckpoint(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadCheckpoint(f"{path} is not a JSON object")
+    return value
+
+
+class CheckpointWriter:
+    """Writes shards into a hidden folder next to ``target``; `commit` renames it into place.
+
+    Whatever happens before `commit` returns, ``target`` is absent or what it was before.
+    """
+
+    def __init__(self, target: Path, *, overwrite: bool) -> None:
+        if target.exists() and not overwrite:
+            raise BadRequest(f"{target} exists: choose another output or add --overwrite")
+        self.target = target
+        self.folder = target.parent / f".{target.name}.partial"
+        self._index: dict[str, str] = {}
+        self._bytes = 0
+        self._shards: list[str] = []
+        with _disk(self.folder):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir()
+
+    def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write one shard holding ``tensors``."""
+        if not tensors:
+            return
+        file = f"part-{len(self._shards):05d}.safetensors"
+        with _disk(self.folder):
+            data = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(data, self.folder / file, metadata={"format": "pt"})
+        self._shards.append(file)
+        for name, tensor in tensors.items():
+            self._index[name] = file
+            self._bytes += tensor.nbytes
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write one JSON file, keys in the order given."""
+        with _disk(self.folder):
+            (self.folder / name).write_text(
+                json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+
+    def copy_companions(self, source: Path) -> None:
+        """Copy tokenizer, chat template and generation config, as they are."""
+        with _disk(self.folder):
+            for pattern in COMPANIONS:
+                for path in sorted(source.glob(pattern)):
+                    if path.is_file():
+                        shutil.copyfile(path, self.folder / path.name)
+
+    def commit(self) -> None:
+        """Name the shards, write the index, flush to disk, and rename the folder into place."""
+        with _disk(self.folder):
+            count = len(self._shards)
+            names = {
+                file: f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE
+                for i, file in enumerate(self._shards)
+            }
+            for old, new in names.items():
+                (self.folder / old).rename(self.folder / new)
+            if count > 1:
+                weight_map = {name: names[file] for name, file in sorted(self._index.items())}
+                index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
+                self.write_json(INDEX, index)
+            for path in self.folder.iterdir():
+                path.chmod(0o644)
+                _sync(path)
+            _sync(self.folder)
+            old_folder = self.target.parent / f".{self.target.name}.replaced"
+            shutil.rmtree(old_folder, ignore_errors=True)
+            if self.target.exists():
+                self.target.rename(old_folder)
+            self.folder.rename(self.target)
+            _sync(self.target.parent)
+            shutil.rmtree(old_folder, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove everything written so far."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def require_space(target: Path, needed: int) -> None:
+    """Raises NoSpace if the disk of ``target`` has fewer than ``needed`` bytes free."""
+    folder = target.parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise NoSpace(
+            f"the output needs {needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB free: "
+            "free some space or write elsewhere"
+        )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of the safetensors files of a folder, in bytes."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = "No space" in str(error)
+        full = full or (isinstance(error, OSError) and error.errno == errno.ENOSPC)
+        if full:
+            raise NoSpace(
+                f"the disk of {folder.parent} is full: nothing was kept; free some space or "
+                "write elsewhere"
+            ) from error
+        raise BadRequest(f"cannot write {folder}: {error}") from error

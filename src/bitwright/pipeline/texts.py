@@ -1,0 +1,130 @@
+"""Text for calibration and evaluation, as token windows."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import BadRequest
+
+
+def read_text(source: str) -> str:
+    """The text a source names: a .txt or .jsonl file, "pydoc", or a hub dataset id.
+
+    "pydoc" is the reference manual inside Python's own ``pydoc_data.topics``: English prose
+    about a programming language, the same on every machine with that Python.
+    """
+    if source == "pydoc":
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[name] for name in sorted(topics))
+    path = Path(source)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if path.suffix in (".jsonl", ".ndjson"):
+            return "\n\n".join(_row_text(line, path) for line in text.splitlines() if line.strip())
+        return text
+    if path.suffix or source.startswith((".", "/")) or "/" not in source:
+        raise BadRequest(
+            f"text {source!r} is not a file; give a .txt or .jsonl path, 'pydoc', 'self' or a "
+            "hub dataset id such as 'owner/name'"
+        )
+    return _hub_text(source)
+
+
+def _row_text(line: str, path: Path) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise BadRequest(f"{path} has a line that is not JSON: {error}") from error
+    text = row.get("text") if isinstance(row, dict) else row
+    if not isinstance(text, str):
+        raise BadRequest(f"{path}: every line must be a string or have a 'text' field")
+    return text
+
+
+def _hub_text(source: str, rows: int = 4000) -> str:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise BadRequest("reading hub datasets needs: pip install 'bitwright[hub]'") from error
+    try:
+        stream = load_dataset(source, split="train", streaming=True)
+        texts = [row["text"] for _, row in zip(range(rows), stream, strict=False)]
+    except Exception as error:  # the hub client raises many unrelated types
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise BadRequest(f"hub dataset {source!r} cannot be read: {first}") from error
+    return "\n\n".join(texts)
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """All token ids of ``text``, no special tokens added, shape (T,)."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def calibration_windows(
+    tokens_T: Tensor, samples: int, length: int, seed: int
+) -> tuple[Tensor, str]:
+    """(windows (N, length), note): N = ``samples`` non-overlapping windows drawn with ``seed``.
+
+    A text too short for that gives as many as it has, and the note says so. Raises BadRequest
+    if it has not even one.
+    """
+    available = tokens_T.numel() // length
+    if available == 0:
+        raise BadRequest(
+            f"the calibration text has {tokens_T.numel()} tokens, fewer than one sample of "
+            f"{length}: use a longer text or a smaller --sequence-length"
+        )
+    note = ""
+    if available < samples:
+        note = f"the calibration text has {available} windows of {length} tokens, not {samples}"
+    starts = list(range(available))
+    random.Random(seed).shuffle(starts)
+    chosen = sorted(starts[:samples])
+    windows = tokens_T[: available * length].view(available, length)
+    return windows[torch.tensor(chosen)].clone(), note
+
+
+def evaluation_windows(tokens_T: Tensor, windows: int, length: int) -> Tensor:
+    """The first ``windows`` non-overlapping windows; fewer if the text ends. Raises BadRequest."""
+    available = min(windows, tokens_T.numel() // length)
+    if available == 0:
+        raise BadRequest(
+            f"the evaluation text has {tokens_T.numel()} tokens, fewer than one window of "
+            f"{length}: use a longer text or a smaller --sequence-length"
+        )
+    return tokens_T[: available * length].view(available, length)
+
+
+def self_written(model: Any, samples: int, length: int, seed: int) -> Tensor:
+    """Text the model writes itself, (samples, length): a random first token, then sampling.
+
+    Liu et al. 2023 (LLM-QAT), section 3.1: the first few tokens after the random one are
+    taken greedily, the rest sampled from the full distribution.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.get_text_config().vocab_size
+    rows = []
+    greedy = 3
+    for start in range(0, samples, 32):
+        count = min(32, samples - start)
+        tokens = torch.randint(vocabulary, (count, 1), generator=generator)
+        cache = None
+        step = tokens
+        with torch.no_grad():
+            for position in range(1, length):
+                out = model(input_ids=step, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                logits = out.logits[:, -1].float()
+                if position <= greedy:
+                    step = logits.argmax(-1, keepdim=True)
+                else:
+                    step = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+                tokens = torch.cat([tokens, step], 1)
+        rows.append(tokens)
+    return torch.cat(rows)

@@ -1,0 +1,1 @@
+"""Quantized checkpoints as transformers models."""

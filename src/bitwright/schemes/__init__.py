@@ -1,0 +1,1 @@
+"""What the numbers mean; not how they were chosen."""

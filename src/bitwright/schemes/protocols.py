@@ -1,0 +1,40 @@
+"""Types only: what the pipeline asks of a format. Formats themselves live at a higher rank."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from bitwright.schemes.quantized import QuantizedLinear
+from bitwright.schemes.scheme import Scheme, Spec
+
+
+class Format(Protocol):
+    """A pair of pure functions between a QuantizedLinear and named tensors, and a config."""
+
+    @property
+    def name(self) -> str:
+        """What `--format` calls it."""
+        ...
+
+    def check(self, name: str, shape: tuple[int, int], spec: Spec) -> None:
+        """Raises BadRequest or BadShape if a layer of this shape cannot be stored."""
+        ...
+
+    def encode(self, name: str, q: QuantizedLinear) -> dict[str, Tensor]:
+        """The tensors that hold ``q``, by their full names."""
+        ...
+
+    def decode(
+        self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> QuantizedLinear:
+        """Inverse of `encode`; ``config`` is the one `config` wrote."""
+        ...
+
+    def quantized_names(self, tensor_names: set[str]) -> set[str]:
+        """The layers among ``tensor_names`` that this format stores."""
+        ...
+
+    def config(self, layers: Mapping[str, Scheme], ignored: list[str]) -> dict[str, Any]:
+        """The value of ``quantization_config`` in config.json."""
+        ...

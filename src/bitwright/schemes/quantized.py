@@ -1,0 +1,98 @@
+"""QuantizedLinear: the one value that methods produce, formats store and kernels read."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitwright.numerics.groups import expand, scale_shape, split
+from bitwright.numerics.rounding import decode, encode
+from bitwright.schemes.scheme import Spec
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLinear:
+    """A Linear layer's weight as codes and scales.
+
+    ``codes_OI``: uint8, one code per weight, unpacked. ``scale_RG``: already rounded to the
+    precision it is stored in. ``zero_point_RG``: uint8 integers of the grid, None if symmetric.
+    ``global_scale``: float32 scalar of two-level specs. ``group_of_column_I``: int64, only when
+    columns of one group are not neighbours. ``bias_O`` is carried, never quantized.
+    """
+
+    codes_OI: Tensor
+    scale_RG: Tensor
+    spec: Spec
+    zero_point_RG: Tensor | None = None
+    global_scale: Tensor | None = None
+    group_of_column_I: Tensor | None = None
+    bias_O: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return (self.codes_OI.shape[0], self.codes_OI.shape[1])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, scales and zero points included."""
+        return self.spec.bits_per_value(self.shape)
+
+
+def dequantize(q: QuantizedLinear, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(grid value - zero point) * scale, computed in float32, as ``dtype``, shape (O, I).
+
+    This is the specification of every format, kernel and runtime.
+    """
+    weight_OI = decode(q.codes_OI, q.spec.grid)
+    if q.zero_point_RG is not None:
+        weight_OI -= _per_weight(q, q.zero_point_RG.to(torch.float32))
+    weight_OI *= _per_weight(q, q.scale_RG.to(torch.float32))
+    if q.global_scale is not None:
+        weight_OI *= q.global_scale
+    return weight_OI.to(dtype)
+
+
+def quantize_to(
+    weight_OI: Tensor, spec: Spec, scale_RG: Tensor, zero_RG: Tensor | None
+) -> QuantizedLinear:
+    """Round every weight to the nearest code under given scales.
+
+    ``weight_OI`` and ``scale_RG``: float32 or float64; ``zero_RG`` likewise, or None.
+    """
+    shape = (weight_OI.shape[0], weight_OI.shape[1])
+    scaled = weight_OI / expand(scale_RG, shape, spec.group)
+    if zero_RG is not None:
+        scaled = scaled.round_().add_(expand(zero_RG, shape, spec.group))
+    return assemble(encode(scaled, spec.grid), spec, scale_RG, zero_RG)
+
+
+def assemble(
+    codes_OI: Tensor, spec: Spec, scale_RG: Tensor, zero_RG: Tensor | None
+) -> QuantizedLinear:
+    """A QuantizedLinear from codes and float scales, put into their storage types."""
+    assert isinstance(spec.scale, torch.dtype)
+    return QuantizedLinear(
+        codes_OI=codes_OI,
+        scale_RG=scale_RG.to(spec.scale),
+        spec=spec,
+        zero_point_RG=None if zero_RG is None else zero_RG.to(torch.uint8),
+    )
+
+
+def grouped(weight_OI: Tensor, spec: Spec) -> Tensor:
+    """The weight as (number of scales, values per scale)."""
+    groups = split(weight_OI, spec.group)
+    return groups.reshape(-1, groups.shape[-1])
+
+
+def grouped_importance(importance_I: Tensor, weight_shape: tuple[int, int], spec: Spec) -> Tensor:
+    """Per-column importance as rows that line up with `grouped`, for one-row groups (G, C)."""
+    _, groups = scale_shape(weight_shape, spec.group)
+    return importance_I.reshape(groups, -1)
+
+
+def _per_weight(q: QuantizedLinear, value_RG: Tensor) -> Tensor:
+    if q.group_of_column_I is not None:
+        return value_RG[:, q.group_of_column_I]
+    return expand(value_RG, q.shape, q.spec.group)

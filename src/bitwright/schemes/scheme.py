@@ -1,0 +1,172 @@
+"""Spec (one tensor), Scheme (one Linear and its cache), and the W{x}A{y} names.
+
+Grammar of a name, case-insensitive::
+
+    W<w>A<a>[-INT8|-FP8|-INT4][-KV<k>[-INT8|-FP8|-INT4]]     W4A16, W8A8-FP8, W4A8-INT8-KV4
+    NVFP4 | NVFP4A16 | MXFP4 | MXFP8                         each may end in -KV<k>...
+
+``-KV`` may also follow the activation bits directly (W4A8KV4).
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from bitwright.errors import BadRequest, UnknownName
+from bitwright.numerics.grids import E2M1, E4M3, E8M0, FloatGrid, Grid, IntGrid
+from bitwright.numerics.groups import (
+    PER_CHANNEL,
+    PER_TENSOR,
+    PER_TOKEN,
+    Group,
+    count_scales,
+    per_group,
+)
+
+Mode = Literal["static", "dynamic"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How one tensor is represented.
+
+    ``scale`` is the dtype scales are stored in, or the grid they are rounded to (NVFP4, MX);
+    ``asymmetric`` adds an integer zero point per group; ``two_level`` adds one float32 scale
+    for the whole tensor; ``mode`` says when activation scales are chosen.
+    """
+
+    grid: Grid
+    group: Group
+    scale: torch.dtype | Grid = torch.bfloat16
+    asymmetric: bool = False
+    two_level: bool = False
+    mode: Mode = "static"
+
+    def bits_per_value(self, shape: tuple[int, int]) -> float:
+        """Stored bits per value of a matrix of ``shape``, scales and zero points included."""
+        scales = count_scales(shape, self.group)
+        scale_bits = (
+            self.scale.itemsize * 8 if isinstance(self.scale, torch.dtype) else self.scale.bits
+        )
+        zero_bits = self.grid.bits if self.asymmetric else 0
+        extra = scales * (scale_bits + zero_bits) + (32 if self.two_level else 0)
+        return self.grid.bits + extra / (shape[0] * shape[1])
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a Linear's weight, its input and the attention cache are stored as; None is 16-bit."""
+
+    weight: Spec
+    input: Spec | None = None
+    kv_cache: Spec | None = None
+
+    @property
+    def name(self) -> str:
+        """The canonical W{x}A{y} name; group size and symmetry are not part of it."""
+        kv = f"-KV{_kv_suffix(self.kv_cache)}" if self.kv_cache else ""
+        for name, (weight, inputs) in _NAMED.items():
+            if self.weight == weight and self.input == inputs:
+                return name + kv
+        weight_bits = self.weight.grid.bits
+        if self.input is None:
+            return f"W{weight_bits}A16{kv}"
+        suffix = "" if self.input.grid.bits == 4 else f"-{_grid_suffix(self.input.grid)}"
+        return f"W{weight_bits}A{self.input.grid.bits}{suffix}{kv}"
+
+    def with_weight(self, *, group_size: int | None = None, asymmetric: bool = False) -> "Scheme":
+        """This scheme with another group size (-1: per channel) or with zero points."""
+        weight = self.weight
+        if group_size is not None:
+            if not isinstance(weight.grid, IntGrid):
+                raise BadRequest(f"{self.name} fixes its own group size: drop --group-size")
+            weight = replace(weight, group=per_group(group_size))
+        if asymmetric:
+            if not isinstance(weight.grid, IntGrid):
+                raise BadRequest(f"{self.name} is a float scheme and has no zero points")
+            grid = IntGrid(weight.grid.bits, signed=False)
+            weight = replace(weight, grid=grid, asymmetric=True)
+        return replace(self, weight=weight)
+
+
+_FP8_CHANNEL = Spec(E4M3, PER_CHANNEL)
+_FP8_TOKEN = Spec(E4M3, PER_TOKEN, scale=torch.float32, mode="dynamic")
+_NVFP4 = Spec(E2M1, (1, 16), scale=E4M3, two_level=True)
+_MXFP4 = Spec(E2M1, (1, 32), scale=E8M0)
+_MXFP8 = Spec(E4M3, (1, 32), scale=E8M0)
+
+_NAMED: dict[str, tuple[Spec, Spec | None]] = {
+    "NVFP4": (_NVFP4, replace(_NVFP4, mode="dynamic")),
+    "NVFP4A16": (_NVFP4, None),
+    "MXFP4": (_MXFP4, replace(_MXFP4, mode="dynamic")),
+    "MXFP8": (_MXFP8, replace(_MXFP8, mode="dynamic")),
+}
+
+EXAMPLES = (
+    "W4A16", "W8A16", "W2A16", "W3A16", "W8A8-INT8", "W8A8-FP8", "W4A8-INT8", "W4A8-FP8",
+    "W4A4", "NVFP4", "NVFP4A16", "MXFP4", "MXFP8",
+)  # fmt: skip
+
+_BASE = re.compile(r"W([2-8])A(16|8|4)(?:-(INT8|FP8|INT4))?$")
+_KV = re.compile(r"(.*?)-?KV(8|4)(?:-(FP8|INT8|INT4))?$")
+
+
+def parse_scheme(name: str) -> Scheme:
+    """The Scheme a name stands for. Raises UnknownName, which lists the right names."""
+    text = name.strip().upper()
+    kv_cache = None
+    if match := _KV.match(text):
+        text = match[1]
+        kv_cache = _kv_spec(name, int(match[2]), match[3])
+    if text in _NAMED:
+        weight, inputs = _NAMED[text]
+        return Scheme(weight, inputs, kv_cache)
+    base = _BASE.match(text)
+    if base is None:
+        raise _unknown(name)
+    weight_bits, input_bits, kind = int(base[1]), int(base[2]), base[3]
+    inputs = _input_spec(name, weight_bits, input_bits, kind)
+    if weight_bits == 8 and inputs is not None:
+        weight = _FP8_CHANNEL if kind == "FP8" else Spec(IntGrid(8), PER_CHANNEL)
+    else:
+        weight = Spec(IntGrid(weight_bits), per_group(128))
+    return Scheme(weight, inputs, kv_cache)
+
+
+def _input_spec(name: str, weight_bits: int, bits: int, kind: str | None) -> Spec | None:
+    if bits == 16 and kind is None:
+        return None
+    if bits == 4 and kind in (None, "INT4"):
+        return Spec(IntGrid(4), PER_TOKEN, scale=torch.float32, mode="dynamic")
+    if bits == 8 and kind == "FP8":
+        return _FP8_TOKEN
+    if bits == 8 and (kind == "INT8" or (kind is None and weight_bits < 8)):
+        return Spec(IntGrid(8), PER_TOKEN, scale=torch.float32, mode="dynamic")
+    raise _unknown(name)
+
+
+def _kv_spec(name: str, bits: int, kind: str | None) -> Spec:
+    if bits == 4 and kind in (None, "INT4"):
+        return Spec(IntGrid(4), PER_TOKEN, scale=torch.float32, mode="dynamic")
+    if bits == 8 and kind in (None, "FP8"):
+        return Spec(E4M3, PER_TENSOR, scale=torch.float32)
+    if bits == 8 and kind == "INT8":
+        return Spec(IntGrid(8), PER_TENSOR, scale=torch.float32)
+    raise _unknown(name)
+
+
+def _kv_suffix(spec: Spec) -> str:
+    return "4" if spec.grid.bits == 4 else f"8-{_grid_suffix(spec.grid)}"
+
+
+def _grid_suffix(grid: Grid) -> str:
+    return f"{'FP' if isinstance(grid, FloatGrid) else 'INT'}{grid.bits}"
+
+
+def _unknown(name: str) -> UnknownName:
+    return UnknownName(
+        f"unknown scheme {name!r}; known: {', '.join(EXAMPLES)} (weights of 2 to 8 bits), "
+        "each optionally followed by -KV8-FP8, -KV8-INT8 or -KV4"
+    )
