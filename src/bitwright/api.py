@@ -15,6 +15,7 @@ from bitwright.methods.compose import parse_method
 from bitwright.numerics.groups import dividing_sizes
 from bitwright.pipeline.checkpoint import Checkpoint, open_checkpoint
 from bitwright.pipeline.gguf_import import gguf_folder
+from bitwright.pipeline.memory import return_freed_memory
 from bitwright.pipeline.run import (
     Progress,
     Report,
@@ -187,6 +188,7 @@ def execute(
     tokens = None
     if plan.calibration is not None:
         tokens, note = calibration_tokens(prepared.source, plan.calibration, plan.seed)
+        return_freed_memory()
         if note:
             plan = replace(plan, notes=(*plan.notes, note))
     return quantize_checkpoint(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from bitwright.errors import UnknownName
 
-SOLVERS = ("rtn",)
+SOLVERS = ("rtn", "gptq")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from bitwright.pipeline.inputs import SharedInput
 from bitwright.pipeline.topology import BlockCall, Topology, call_block, run_until_blocks
 from bitwright.schemes.stats import InputStats
 
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 
 
 class HiddenStates:
@@ -131,7 +131,7 @@ class _Sums:
     def add(self, x: Tensor) -> None:
         x_TI = x.reshape(-1, x.shape[-1])
         absolute_TI = x_TI.abs()
-        gram, total, largest = gram_of(x_TI), absolute_TI.sum(0, torch.float32), absolute_TI.amax(0)
+        gram, total, largest = gram_of(x_TI), absolute_TI.sum(0, dtype=torch.float32), absolute_TI.amax(0)
         if self.gram is None or self.absolute is None or self.largest is None:
             self.gram, self.absolute, self.largest = gram, total, largest
         else:

@@ -63,10 +63,11 @@ class Checkpoint:
         """Size of all tensors in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], *, mapped: bool = False) -> dict[str, Tensor]:
         """The named tensors, copied out of the mapped files.
 
-        Files are unmapped on return, so memory holds what was asked for and no more.
+        Files are unmapped on return, so memory holds what was asked for and no more;
+        ``mapped`` tensors are views that keep the file mapped and must not be written to.
         Raises BadTensor for a floating-point tensor that is not finite.
         """
         by_file: dict[str, list[str]] = {}
@@ -76,7 +77,8 @@ class Checkpoint:
         for file, wanted in by_file.items():
             with _open(self.folder / file) as handle:
                 for name in wanted:
-                    tensor = handle.get_tensor(name).clone()
+                    tensor = handle.get_tensor(name)
+                    tensor = tensor if mapped else tensor.clone()
                     if tensor.dtype in (torch.bfloat16, torch.float16, torch.float32):
                         check_finite(tensor, name)
                     out[name] = tensor

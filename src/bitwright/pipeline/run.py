@@ -1,6 +1,5 @@
 """The whole story: a checkpoint in, a quantized checkpoint out, one block at a time."""
 
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.methods.compose import parse_method
+from bitwright.methods.gptq import gptq
 from bitwright.methods.objective import relative_output_error, relative_weight_error
 from bitwright.methods.rtn import rtn
 from bitwright.pipeline.calibrate import HiddenStates, advance, collect
 from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, folder_bytes, require_space
 from bitwright.pipeline.inputs import shared_inputs
+from bitwright.pipeline.memory import peak_rss_bytes, return_freed_memory
 from bitwright.pipeline.topology import (
     Topology,
     compute_dtype,
@@ -108,6 +109,7 @@ def quantize_checkpoint(
         if tokens_NT is not None:
             hidden = HiddenStates(topology, tokens_NT, writer.folder / "hidden-states.bin")
         release(topology.model)
+        return_freed_memory()
         written: set[str] = set()
         count = len(topology.block_names)
         for index in range(count):
@@ -117,6 +119,8 @@ def quantize_checkpoint(
             solved = quantize_block(source, topology, index, tensors, plan, hidden, report)
             writer.write_shard(_encoded(solved, tensors, fmt))
             written |= set(tensors)
+            del solved, tensors
+            return_freed_memory()
         if hidden is not None:
             hidden.close()
             hidden = None
@@ -132,7 +136,7 @@ def quantize_checkpoint(
     progress(count, count, "done")
     report.bytes_after = folder_bytes(target)
     report.seconds = time.perf_counter() - start
-    report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report.peak_rss_bytes = peak_rss_bytes()
     return report
 
 
@@ -186,7 +190,10 @@ def solve(
     layer = plan.quantized[name]
     assert layer.scheme is not None
     method = parse_method(plan.method)
-    q = rtn(weight_OI, stats, layer.scheme.weight, **plan.options)
+    if method.solver == "gptq":
+        q = gptq(weight_OI, stats, layer.scheme.weight, **plan.options)
+    else:
+        q = rtn(weight_OI, stats, layer.scheme.weight, **plan.options)
     if stats is None:
         error = relative_weight_error(weight_OI, dequantize(q))
     else:

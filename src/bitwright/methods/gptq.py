@@ -1,0 +1,193 @@
+"""GPTQ: round one input column at a time and let the later columns absorb the error.
+
+Objective: choose codes Q of a weight W so that trace((W - Q) H (W - Q)ᵀ) is small, H being the
+mean over calibration tokens of x xᵀ. With H⁻¹ = Uᵀ U (U upper triangular) the optimal
+response to fixing column i is, for every later column j,
+
+    error_i = (w_i - q_i) / U[i, i]        w_j -= error_i * U[i, j]
+
+because row i of U is, up to that factor, row i of the inverse of the part of H that is still
+free (Frantar et al. 2023, "GPTQ", section 3.3; OBQ's downdate, done once for all rows).
+
+Letters: O output rows, I input columns, G scale groups, B one lazy batch of columns.
+
+>>> import torch
+>>> from bitwright.schemes.scheme import Spec
+>>> from bitwright.numerics.grids import IntGrid
+>>> from bitwright.schemes.stats import InputStats
+>>> from bitwright.schemes.quantized import dequantize
+>>> hessian = torch.tensor([[1.0, 0.9], [0.9, 1.0]])  # two inputs that nearly move together
+>>> stats = InputStats(hessian, torch.ones(2), torch.ones(2), tokens=1)
+>>> weight = torch.tensor([[1.0, 0.4]])               # INT2: scale 1, values -2..1
+>>> spec = Spec(IntGrid(2), (1, 2), scale=torch.float32)
+>>> q = gptq(weight, stats, spec, damp=0.0, order="natural", search="absmax")
+>>> dequantize(q).tolist()
+[[1.0, 0.0]]
+>>> q = gptq(weight * torch.tensor([[1.0, 1.0]]) - 0.3, stats, spec, damp=0.0, search="absmax")
+>>> dequantize(q).shape
+torch.Size([1, 2])
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import BadShape
+from bitwright.methods.rtn import choose_scales
+from bitwright.numerics.compiled import solve_columns
+from bitwright.numerics.grids import IntGrid
+from bitwright.numerics.groups import expand, scale_shape, sides
+from bitwright.numerics.linalg import damped, inverse_cholesky_upper
+from bitwright.numerics.rounding import encode
+from bitwright.numerics.scales import Search, project
+from bitwright.schemes.quantized import QuantizedLinear, assemble
+from bitwright.schemes.scheme import Spec
+from bitwright.schemes.stats import InputStats
+
+Order = Literal["activation", "natural"]
+
+
+def gptq(
+    weight_OI: Tensor,
+    stats: InputStats,
+    spec: Spec,
+    *,
+    damp: float = 0.01,
+    lazy: int = 128,
+    order: Order = "activation",
+    search: Search = "mse",
+) -> QuantizedLinear:
+    """Codes for one Linear; inputs are left unmodified.
+
+    ``weight_OI``: float32 or float64 (O, I), the dtype everything is computed in.
+    ``damp``: fraction of the hessian's mean diagonal added to its diagonal.
+    ``lazy``: columns whose effect on later ones is applied together; the codes do not depend
+    on it (it is rounded up to whole groups).
+    ``order``: "activation" visits columns by falling mean square of their input, with group
+    scales fixed beforehand from the original weights; "natural" goes left to right and takes
+    each group's scale from the weights as updated so far.
+
+    Raises NotPositiveDefinite if the damped hessian has no Cholesky factor, BadShape if the
+    group size does not divide I or rows share scales.
+    """
+    if spec.group[0] != 1 and spec.group != (-1, -1):
+        raise BadShape("gptq solves rows independently: scales may not be 2-D blocks")
+    hessian_II, weight_OI, dead_I = _without_dead(stats.hessian_II.to(weight_OI.dtype), weight_OI)
+    importance_I = hessian_II.diagonal().clone()
+    shape = (weight_OI.shape[0], weight_OI.shape[1])
+    width = sides(shape, spec.group)[1]
+    fixed = order == "activation" or spec.group[1] == -1
+    if order == "activation":
+        columns = torch.argsort(importance_I, descending=True, stable=True)
+    else:
+        columns = torch.arange(shape[1])
+    scale_RG, zero_RG = choose_scales(weight_OI, spec, search=search, importance_I=importance_I)
+    upper_II = inverse_cholesky_upper(damped(hessian_II, damp)[columns][:, columns])
+    work_OI = weight_OI[:, columns].clone()
+    codes_OI = torch.empty(shape, dtype=torch.uint8)
+    batch = -(-lazy // width) * width if not fixed else lazy
+    step = batch if fixed else width
+    for start in range(0, shape[1], batch):
+        stop = min(start + batch, shape[1])
+        errors_OB = torch.empty(shape[0], stop - start, dtype=weight_OI.dtype)
+        for left in range(start, stop, step):
+            right = min(left + step, stop)
+            if not fixed:
+                _rescale(work_OI, scale_RG, zero_RG, importance_I, spec, search, left, right)
+            codes_OB, error_OB = _solve_batch(
+                work_OI[:, left:right],
+                upper_II[left:right, left:right],
+                _at(scale_RG, shape, spec, columns[left:right]),
+                None if zero_RG is None else _at(zero_RG, shape, spec, columns[left:right]),
+                spec,
+            )
+            codes_OI[:, columns[left:right]] = codes_OB
+            errors_OB[:, left - start : right - start] = error_OB
+            work_OI[:, right:stop] -= error_OB @ upper_II[left:right, right:stop]
+        work_OI[:, stop:] -= errors_OB @ upper_II[start:stop, stop:]
+    if bool(dead_I.any()):
+        codes_OI[:, dead_I] = _zero_codes(scale_RG, zero_RG, shape, spec)[:, dead_I]
+    return assemble(codes_OI, spec, scale_RG, zero_RG)
+
+
+def _without_dead(hessian_II: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs that were always zero: their weights become zero and leave the others alone."""
+    dead_I = hessian_II.diagonal() == 0
+    if bool(dead_I.any()):
+        hessian_II, weight_OI = hessian_II.clone(), weight_OI.clone()
+        hessian_II[dead_I, dead_I] = hessian_II.diagonal().mean().clamp(min=1e-8)
+        weight_OI[:, dead_I] = 0
+    return hessian_II, weight_OI, dead_I
+
+
+def _rescale(
+    work_OI: Tensor,
+    scale_RG: Tensor,
+    zero_RG: Tensor | None,
+    importance_I: Tensor,
+    spec: Spec,
+    search: Search,
+    left: int,
+    right: int,
+) -> None:
+    """Choose one group's scales anew, from the weights as they are now."""
+    scale, zero = choose_scales(
+        work_OI[:, left:right], spec, search=search, importance_I=importance_I[left:right]
+    )
+    group = left // (right - left)
+    scale_RG[:, group : group + 1] = scale
+    if zero_RG is not None and zero is not None:
+        zero_RG[:, group : group + 1] = zero
+
+
+def _at(value_RG: Tensor, shape: tuple[int, int], spec: Spec, columns: Tensor) -> Tensor:
+    """Per-group values as one per weight, for the given columns."""
+    width = sides(shape, spec.group)[1]
+    return value_RG[:, columns // width].expand(shape[0], -1)
+
+
+def _zero_codes(
+    scale_RG: Tensor, zero_RG: Tensor | None, shape: tuple[int, int], spec: Spec
+) -> Tensor:
+    zeros = torch.zeros(shape, dtype=scale_RG.dtype)
+    if zero_RG is not None:
+        zeros = zeros + expand(zero_RG, shape, spec.group)
+    assert scale_RG.shape == scale_shape(shape, spec.group)
+    return encode(zeros, spec.grid)
+
+
+def _solve_batch(
+    work_OB: Tensor, upper_BB: Tensor, scale_OB: Tensor, zero_OB: Tensor | None, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    """(codes, errors) of one batch of columns, later columns inside it updated in place."""
+    if not isinstance(spec.grid, IntGrid):
+        return _solve_batch_by_columns(work_OB, upper_BB, scale_OB, zero_OB, spec)
+    if zero_OB is None:
+        zero_OB = torch.zeros_like(work_OB)
+    codes, errors = solve_columns(
+        work_OB.contiguous().numpy(),
+        upper_BB.contiguous().numpy(),
+        scale_OB.contiguous().numpy(),
+        zero_OB.contiguous().numpy(),
+        float(spec.grid.lowest),
+        float(spec.grid.highest),
+    )
+    return torch.from_numpy(codes), torch.from_numpy(errors)
+
+
+def _solve_batch_by_columns(
+    work_OB: Tensor, upper_BB: Tensor, scale_OB: Tensor, zero_OB: Tensor | None, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    """The same, one tensor operation per column: any grid, any device."""
+    work_OB = work_OB.clone()
+    codes_OB = torch.empty(work_OB.shape, dtype=torch.uint8)
+    error_OB = torch.empty_like(work_OB)
+    for i in range(work_OB.shape[1]):
+        scale, zero = scale_OB[:, i], None if zero_OB is None else zero_OB[:, i]
+        nearest = project(work_OB[:, i], scale, zero, spec.grid)
+        level = nearest / scale if zero is None else nearest / scale + zero
+        codes_OB[:, i] = encode(level, spec.grid)
+        error_OB[:, i] = (work_OB[:, i] - nearest) / upper_BB[i, i]
+        work_OB[:, i + 1 :] -= torch.outer(error_OB[:, i], upper_BB[i, i + 1 :])
+    return codes_OB, error_OB
