@@ -303,7 +303,7 @@ def _why(name: str, folder: Path) -> str:
 
 
 def _ignored(shapes: dict[str, tuple[int, int]], patterns: Sequence[str]) -> dict[str, str]:
-    reasons = {}
+    reasons: dict[str, str] = {}
     for pattern in patterns:
         try:
             compiled = re.compile(pattern)
@@ -312,7 +312,7 @@ def _ignored(shapes: dict[str, tuple[int, int]], patterns: Sequence[str]) -> dic
         hits = [name for name in shapes if compiled.search(name)]
         if not hits:
             raise BadRequest(f"--ignore {pattern!r} matches no layer, e.g. {min(shapes)}")
-        reasons |= {name: f"--ignore {pattern}" for name in hits}
+        reasons |= dict.fromkeys(hits, f"--ignore {pattern}")
     return reasons
 
 

@@ -188,9 +188,7 @@ def inspect(model: Model, as_json: Json = False) -> None:
         if "group_size" in row:
             scheme += f" g{row['group_size']}" + (" asym" if row["asymmetric"] else "")
         shape = "x".join(map(str, row["shape"]))
-        table.add_row(
-            row["name"], scheme, shape, f"{row['bits']:.2f}", f"{row['bytes'] / 1e3:.1f}"
-        )
+        table.add_row(row["name"], scheme, shape, f"{row['bits']:.2f}", f"{row['bytes'] / 1e3:.1f}")
     out = Console()
     out.print(table)
     for name, reason in found["left_alone"].items():

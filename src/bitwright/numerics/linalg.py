@@ -30,5 +30,5 @@ def inverse_cholesky_upper(matrix_II: Tensor) -> Tensor:
             "raise the damping or give more calibration tokens"
         )
     identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
     return inverse.flip(0, 1)

@@ -36,9 +36,7 @@ class HiddenStates:
                 _require_same(known, calls)
                 if store is None:
                     size = samples * length * hidden.shape[-1]
-                    flat = torch.from_file(
-                        str(file), shared=True, size=size, dtype=hidden.dtype
-                    )
+                    flat = torch.from_file(str(file), shared=True, size=size, dtype=hidden.dtype)
                     store = flat.view(samples, length, hidden.shape[-1])
                 store[start : start + self.batch] = hidden
         assert store is not None
@@ -131,7 +129,8 @@ class _Sums:
     def add(self, x: Tensor) -> None:
         x_TI = x.reshape(-1, x.shape[-1])
         absolute_TI = x_TI.abs()
-        gram, total, largest = gram_of(x_TI), absolute_TI.sum(0, dtype=torch.float32), absolute_TI.amax(0)
+        gram, largest = gram_of(x_TI), absolute_TI.amax(0)
+        total = absolute_TI.sum(0, dtype=torch.float32)
         if self.gram is None or self.absolute is None or self.largest is None:
             self.gram, self.absolute, self.largest = gram, total, largest
         else:
@@ -141,7 +140,9 @@ class _Sums:
         self.tokens += x_TI.shape[0]
 
     def stats(self) -> InputStats:
-        assert self.gram is not None and self.absolute is not None and self.largest is not None
+        assert self.gram is not None
+        assert self.absolute is not None
+        assert self.largest is not None
         return InputStats(
             hessian_II=self.gram / self.tokens,
             absmean_I=self.absolute / self.tokens,

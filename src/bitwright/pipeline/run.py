@@ -191,6 +191,7 @@ def solve(
     assert layer.scheme is not None
     method = parse_method(plan.method)
     if method.solver == "gptq":
+        assert stats is not None
         q = gptq(weight_OI, stats, layer.scheme.weight, **plan.options)
     else:
         q = rtn(weight_OI, stats, layer.scheme.weight, **plan.options)

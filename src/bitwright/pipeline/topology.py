@@ -154,12 +154,12 @@ def match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     Parameters tied to another one that is stored are left out. Raises BadCheckpoint or
     BadTensor for a parameter that is not stored or has another shape.
     """
-    prefix = f"{model.base_model_prefix}."  # type: ignore[operator]
+    prefix = f"{model.base_model_prefix}."
     stored = checkpoint.tensors
     wanted = dict(model.named_parameters()) | {
         name: buffer for name, buffer in model.named_buffers() if name in stored
     }
-    tied = {str(name) for name in (model._tied_weights_keys or {})}  # type: ignore[arg-type]
+    tied = {str(name) for name in (model._tied_weights_keys or {})}  # type: ignore[union-attr]
     is_tied = bool(checkpoint.config.get("tie_word_embeddings", model.config.tie_word_embeddings))  # type: ignore[union-attr]
     out: dict[str, str] = {}
     missing = []
@@ -269,12 +269,12 @@ def _identity_blocks(
 
     blocks = [topology.block(i) for i in range(last + 1)]
     for index, block in enumerate(blocks):
-        block.forward = recorder(index)  # type: ignore[method-assign]
+        block.forward = recorder(index)
     try:
         yield chained
     finally:
         for block in blocks:
-            del block.forward  # type: ignore[method-assign]
+            del block.forward
 
 
 def call_block(block: nn.Module, hidden_BTD: Tensor, call: BlockCall) -> Tensor:
