@@ -1,0 +1,152 @@
+"""Scale choice: formulas, storage precision, and the search never losing to absmax."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bitwright.numerics.compiled import best_candidate
+from bitwright.numerics.grids import E2M1, E4M3, Grid, IntGrid
+from bitwright.numerics.scales import (
+    _candidates,
+    _least_error_by_tensors,
+    choose_scale,
+    minmax_scale,
+    project,
+    store_scale,
+    zero_point,
+)
+
+
+def _error(x_NC: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, weight: Tensor) -> Tensor:
+    difference = project(x_NC.double(), scale.double(), zero, grid) - x_NC.double()
+    return (weight.double() * difference**2).sum(-1)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_symmetric_absmax_is_the_formula(bits: int) -> None:
+    x = torch.randn(5, 16, dtype=torch.float64)
+    scale, zero = choose_scale(x, IntGrid(bits), dtype=torch.float64, search="absmax")
+    assert zero is None
+    assert torch.equal(scale[:, 0], x.abs().amax(1) / (2 ** (bits - 1) - 1))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_asymmetric_covers_minimum_maximum_and_zero(bits: int) -> None:
+    grid = IntGrid(bits, signed=False)
+    x = torch.rand(6, 32, dtype=torch.float64) * 3 - 1
+    x[0] = x[0].abs() + 5  # no negative value: zero must still be a code
+    scale, zero = choose_scale(x, grid, dtype=torch.float64, symmetric=False, search="absmax")
+    assert zero is not None
+    low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
+    torch.testing.assert_close(scale[:, 0], (high - low) / (2**bits - 1))
+    assert torch.equal(zero, torch.round(zero))
+    assert bool(((zero >= 0) & (zero < 2**bits)).all())
+    assert project(torch.zeros(6, 1).double(), scale, zero, grid).abs().max() == 0
+    assert bool(((project(x, scale, zero, grid) - x).abs() <= scale).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_scales_are_returned_at_storage_precision(dtype: torch.dtype) -> None:
+    x = torch.randn(8, 32)
+    for search in ("absmax", "mse"):
+        scale, _ = choose_scale(x, IntGrid(4), dtype=dtype, search=search)
+        assert torch.equal(scale, scale.to(dtype).to(scale.dtype))
+
+
+def test_a_vanishing_scale_becomes_one() -> None:
+    assert store_scale(torch.tensor([0.0, 1e-12, 2.0]), torch.float16).tolist() == [1.0, 1.0, 2.0]
+    for search in ("absmax", "mse"):
+        for symmetric in (True, False):
+            grid = IntGrid(4, signed=symmetric)
+            scale, zero = choose_scale(
+                torch.zeros(2, 8), grid, dtype=torch.bfloat16, symmetric=symmetric, search=search
+            )
+            assert project(torch.zeros(2, 8), scale, zero, grid).tolist() == [[0.0] * 8] * 2
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    weighted=st.booleans(),
+)
+def test_search_never_loses_to_absmax(
+    seed: int, bits: int, symmetric: bool, weighted: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(12, 32, generator=generator, dtype=torch.float64)
+    x *= torch.rand(12, 1, generator=generator, dtype=torch.float64) * 4
+    weight = torch.rand(3, 32, generator=generator, dtype=torch.float64) if weighted else None
+    grid = IntGrid(bits, signed=symmetric)
+    every = torch.ones(12, 32) if weight is None else weight.repeat(4, 1)
+    errors = {}
+    for search in ("absmax", "mse"):
+        scale, zero = choose_scale(
+            x,
+            grid,
+            dtype=torch.bfloat16,
+            symmetric=symmetric,
+            search=search,
+            importance_RC=weight if search == "mse" else None,
+        )
+        errors[search] = _error(x, scale, zero, grid, every)
+    assert bool((errors["mse"] <= errors["absmax"] * (1 + 1e-9)).all())
+    if bits <= 4:
+        assert errors["mse"].sum() < errors["absmax"].sum()
+
+
+@pytest.mark.parametrize("grid", [E4M3, E2M1])
+def test_search_on_float_grids_never_loses_to_absmax(grid: Grid) -> None:
+    x = torch.randn(20, 32)
+    ones = torch.ones(20, 32)
+    plain, _ = choose_scale(x, grid, dtype=torch.float32, search="absmax")
+    best, _ = choose_scale(x, grid, dtype=torch.float32, search="mse")
+    least = _error(x, best, None, grid, ones)
+    assert bool((least <= _error(x, plain, None, grid, ones) * (1 + 1e-5)).all())
+    assert least.sum() < _error(x, plain, None, grid, ones).sum()
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_compiled_search_equals_the_tensor_form(
+    seed: int, bits: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(12, 24, generator=generator, dtype=dtype)
+    weight = torch.rand(4, 24, generator=generator, dtype=dtype) + 0.1
+    grid = IntGrid(bits, signed=symmetric)
+    scale, zero = _candidates(x, grid, torch.float32, symmetric)
+    compiled = torch.from_numpy(
+        best_candidate(
+            x.numpy(),
+            weight.numpy(),
+            scale.numpy(),
+            zero.numpy(),
+            float(grid.lowest),
+            float(grid.highest),
+        )
+    )
+    plain = _least_error_by_tensors(x, weight, scale, zero, grid)
+    picked = [
+        _error(
+            x, scale.gather(1, k[:, None]), zero.gather(1, k[:, None]), grid, weight.repeat(3, 1)
+        )
+        for k in (compiled, plain)
+    ]
+    # x * (1 / s) and x / s differ in the last bit, so a tie may fall to the other candidate.
+    tolerance = 1e-12 if dtype is torch.float64 else 1e-5
+    torch.testing.assert_close(picked[0], picked[1], rtol=tolerance, atol=0)
+
+
+def test_minmax_ratio_narrows_both_ends() -> None:
+    x = torch.tensor([[-2.0, 6.0]], dtype=torch.float64)
+    grid = IntGrid(4, signed=False)
+    scale, low = minmax_scale(x, grid, ratio=0.5)
+    assert (scale.item(), low.item()) == (4 / 15, -1.0)
+    assert zero_point(low, scale, grid).item() == 4.0
