@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["support.fixtures"]
+
 settings.register_profile(
     "bitwright",
     max_examples=60,

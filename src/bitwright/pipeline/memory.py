@@ -3,10 +3,20 @@
 import ctypes
 import resource
 import sys
+from pathlib import Path
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident size of this process so far, in bytes."""
+    """Largest resident size of this process so far, in bytes.
+
+    Linux counts the parent's memory at the moment of the start into ``ru_maxrss``; VmHWM is
+    this program's own.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -69,7 +69,6 @@ def discover(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Topo
     """
     model = build_empty(checkpoint, trust_remote_code=trust_remote_code)
     block_names = _find_blocks(model)
-    source = match_names(model, checkpoint)
     linears = []
     for block_name in block_names:
         block = model.get_submodule(block_name)
@@ -85,6 +84,7 @@ def discover(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Topo
                     f"{block_name}.{name} is a {parameter.ndim}-D weight (fused experts or a "
                     "convolution), which bitwright cannot quantize yet"
                 )
+    source = match_names(model, checkpoint)
     return Topology(model, block_names, source, tuple(linears))
 
 
