@@ -55,6 +55,16 @@ def quantize(
         list[str] | None, typer.Option(help="Regex of layers to leave in 16 bits; repeatable.")
     ] = None,
     search: Annotated[str, typer.Option(help="Scale search: mse or absmax.")] = "mse",
+    effort: Annotated[
+        str, typer.Option(help="Budget of methods that tune: fast, balanced or best.")
+    ] = "balanced",
+    damp: Annotated[float, typer.Option(min=0, help="GPTQ's damping fraction.")] = 0.01,
+    order: Annotated[str, typer.Option(help="GPTQ's column order: activation, natural.")] = (
+        "activation"
+    ),
+    smoothing: Annotated[
+        float | None, typer.Option(min=0, max=1, help="SmoothQuant's strength; default: searched.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
     trust_remote_code: Annotated[
@@ -83,6 +93,10 @@ def quantize(
         ignore=ignore or (),
         seed=seed,
         search=search,
+        effort=effort,
+        damp=damp,
+        order=order,
+        smoothing=smoothing,
         trust_remote_code=trust_remote_code,
     )
     if not quiet:
@@ -225,7 +239,8 @@ def _progress(quiet: bool) -> Iterator[Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=screen, disable=quiet, transient=True) as bar:
+    hidden = quiet or not screen.is_interactive  # elsewhere it would leave a blank line
+    with Progress(*columns, console=screen, disable=hidden, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda done, total, note: bar.update(
             task, completed=done, total=total, description=note
