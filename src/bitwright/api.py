@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bitwright.errors import BadCheckpoint, BadRequest, BadShape
+from bitwright.errors import BadCheckpoint, BadRequest, BadShape, UnknownName
 from bitwright.evaluate.perplexity import Evaluation, evaluate_model
 from bitwright.formats import get_format
 from bitwright.methods.compose import parse_method
@@ -16,13 +16,8 @@ from bitwright.numerics.groups import dividing_sizes
 from bitwright.pipeline.checkpoint import Checkpoint, open_checkpoint
 from bitwright.pipeline.gguf_import import gguf_folder
 from bitwright.pipeline.memory import return_freed_memory
-from bitwright.pipeline.run import (
-    Progress,
-    Report,
-    layer_name,
-    predicted_bytes,
-    quantize_checkpoint,
-)
+from bitwright.pipeline.report import Report
+from bitwright.pipeline.run import Progress, predicted_bytes, quantize_checkpoint
 from bitwright.pipeline.texts import (
     calibration_windows,
     evaluation_windows,
@@ -30,13 +25,19 @@ from bitwright.pipeline.texts import (
     self_written,
     tokenize,
 )
-from bitwright.pipeline.topology import Topology, compute_dtype, discover
+from bitwright.pipeline.topology import Topology, compute_dtype, discover, layer_name
 from bitwright.runtime.load import format_of, load_model, read_layer
 from bitwright.schemes.plan import Calibration, Layer, Plan, automatic_group_size
 from bitwright.schemes.protocols import Format
 from bitwright.schemes.scheme import Scheme, parse_scheme
 
 GroupSize = int | str
+
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"steps": 60, "batch": 2},
+    "balanced": {"steps": 120, "batch": 2},
+    "best": {"steps": 800, "batch": 2, "check_every": 50},
+}
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,28 @@ def prepare(
     ignore: Sequence[str] = (),
     seed: int = 0,
     search: str = "mse",
+    effort: str = "balanced",
+    damp: float = 0.01,
+    order: str = "activation",
+    smoothing: float | None = None,
     trust_remote_code: bool = False,
 ) -> Prepared:
-    """Check a request against the model's headers; nothing is computed yet."""
+    """Check a request against the model's headers; nothing is computed yet.
+
+    ``effort``: how long methods that tune may take, see EFFORTS. ``damp`` and ``order`` are
+    GPTQ's; ``smoothing`` is SmoothQuant's strength, searched if None. Raises BadRequest,
+    BadShape, UnknownName, UnsupportedModel or BadCheckpoint.
+    """
     parsed = parse_scheme(scheme)
     fmt = get_format(format)
     chosen = parse_method(method)
-    if search not in ("mse", "absmax"):
-        raise BadRequest(f"unknown scale search {search!r}; known: mse, absmax")
+    options: dict[str, Any] = {"search": _known("scale search", search, ("mse", "absmax"))}
+    if chosen.solver != "rtn":
+        options |= {"damp": damp, "order": _known("order", order, ("activation", "natural"))}
+    if chosen.fold == "smoothquant":
+        options["smoothing"] = smoothing
+    if chosen.tune:
+        options["tune"] = EFFORTS[_known("effort", effort, tuple(EFFORTS))]
     source = resolve(model)
     if format_of(source) is not None:
         raise BadRequest(f"{source.folder} is already quantized: start from the original model")
@@ -148,12 +163,12 @@ def prepare(
         calibration = "pydoc"
     plan = Plan(
         scheme=parsed,
-        method=chosen.name,
+        method=method,
         format=fmt.name,
         layers=tuple(layers),
         calibration=Calibration(calibration, samples, sequence_length) if calibration else None,
         seed=seed,
-        options={"search": search},
+        options=options,
         notes=tuple(notes),
     )
     return Prepared(source, topology, plan, fmt, _predict(source, topology, plan))
@@ -300,6 +315,12 @@ def _why(name: str, folder: Path) -> str:
             if layer["name"] == name:
                 return str(layer.get("ignored", ""))
     return "listed in the checkpoint's ignore list"
+
+
+def _known(what: str, value: str, names: tuple[str, ...]) -> str:
+    if value not in names:
+        raise UnknownName(f"unknown {what} {value!r}; known: {', '.join(names)}")
+    return value
 
 
 def _ignored(shapes: dict[str, tuple[int, int]], patterns: Sequence[str]) -> dict[str, str]:

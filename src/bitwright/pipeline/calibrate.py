@@ -1,5 +1,7 @@
 """Replaying a block over the calibration tokens, and what is learned on the way."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bitwright.errors import UnsupportedModel
+from bitwright.errors import NoSpace, UnsupportedModel
 from bitwright.pipeline.inputs import SharedInput
 from bitwright.pipeline.topology import BlockCall, Topology, call_block, run_until_blocks
 from bitwright.schemes.stats import InputStats
@@ -36,6 +38,7 @@ class HiddenStates:
                 _require_same(known, calls)
                 if store is None:
                     size = samples * length * hidden.shape[-1]
+                    _reserve(file, size * hidden.element_size())
                     flat = torch.from_file(str(file), shared=True, size=size, dtype=hidden.dtype)
                     store = flat.view(samples, length, hidden.shape[-1])
                 store[start : start + self.batch] = hidden
@@ -61,6 +64,20 @@ class HiddenStates:
         """Delete the file."""
         del self._store
         self._file.unlink(missing_ok=True)
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Give a file its place on the disk: a mapped page that found none would be a SIGBUS."""
+    if sys.platform != "linux":
+        return
+    try:
+        with file.open("wb") as handle:
+            os.posix_fallocate(handle.fileno(), 0, size)
+    except OSError as error:
+        raise NoSpace(
+            f"the disk of {file.parent.parent} is full: the calibration tokens need "
+            f"{size / 1e6:.0f} MB there while running; free some space or give fewer samples"
+        ) from error
 
 
 def _require_same(known: Sequence[BlockCall], calls: Sequence[BlockCall]) -> None:

@@ -194,6 +194,12 @@ class CheckpointWriter:
             if self.folder.exists():
                 shutil.rmtree(self.folder)
             self.folder.mkdir()
+            self.scratch.mkdir()
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for working files; it never becomes part of the output."""
+        return self.folder / "scratch"
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
         """Write one shard holding ``tensors``."""
@@ -226,6 +232,7 @@ class CheckpointWriter:
     def commit(self) -> None:
         """Name the shards, write the index, flush to disk, and rename the folder into place."""
         with _disk(self.folder):
+            shutil.rmtree(self.scratch)
             count = len(self._shards)
             names = {
                 file: f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE

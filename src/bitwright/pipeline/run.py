@@ -2,24 +2,26 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bitwright.methods.awq import scaled_stats
 from bitwright.methods.compose import parse_method
-from bitwright.methods.gptq import gptq
-from bitwright.methods.objective import relative_output_error, relative_weight_error
-from bitwright.methods.rtn import rtn
 from bitwright.pipeline.calibrate import HiddenStates, advance, collect
 from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, folder_bytes, require_space
+from bitwright.pipeline.folds import apply_fold, find_folds
 from bitwright.pipeline.inputs import shared_inputs
 from bitwright.pipeline.memory import peak_rss_bytes, return_freed_memory
+from bitwright.pipeline.refine import Effort, refine
+from bitwright.pipeline.report import Report
+from bitwright.pipeline.solve import choose_input_scale, solve_layer
 from bitwright.pipeline.topology import (
     Topology,
     compute_dtype,
+    layer_name,
     load_outside,
     materialize,
     release,
@@ -33,51 +35,12 @@ from bitwright.schemes.stats import InputStats
 Progress = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one Linear. ``error`` is relative: of the output where calibrated, else
-    of the weight (``measured`` says which)."""
+@dataclass(frozen=True, eq=False)
+class SolvedBlock:
+    """Codes by layer name, and the other tensors that folding rewrote, by checkpoint name."""
 
-    name: str
-    shape: tuple[int, int]
-    scheme: str
-    method: str
-    bits_per_weight: float
-    error: float | None = None
-    measured: str = ""
-    fallback: str = ""
-    ignored: str = ""
-
-
-@dataclass
-class Report:
-    """The result of a run; everything but seconds and memory goes into the output folder."""
-
-    plan: Plan
-    layers: list[LayerReport] = field(default_factory=list)
-    bytes_before: int = 0
-    bytes_after: int = 0
-    seconds: float = 0.0
-    peak_rss_bytes: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The part that is a function of model, plan and text alone."""
-        found = len(self.plan.layers)
-        return {
-            "plan": self.plan.to_json(),
-            "fingerprint": self.plan.fingerprint,
-            "bits_per_weight": self.plan.bits_per_weight,
-            "linears": {
-                "found": found,
-                "quantized": len(self.plan.quantized),
-                "ignored": found - len(self.plan.quantized),
-            },
-            "notes": list(self.plan.notes),
-            "layers": [
-                {key: value for key, value in vars(row).items() if value not in ("", None)}
-                for row in self.layers
-            ],
-        }
+    codes: dict[str, QuantizedLinear]
+    changed: dict[str, Tensor]
 
 
 def quantize_checkpoint(
@@ -101,36 +64,41 @@ def quantize_checkpoint(
     report = Report(plan, bytes_before=source.nbytes)
     require_space(target, predicted_bytes(source, topology, plan))
     writer = CheckpointWriter(target, overwrite=overwrite)
-    hidden: HiddenStates | None = None
+    tune = parse_method(plan.method).tune
     try:
         load_outside(topology, source)
         with torch.no_grad():
             run_until_blocks(topology, torch.arange(8)[None])
+        hidden = None
         if tokens_NT is not None:
-            hidden = HiddenStates(topology, tokens_NT, writer.folder / "hidden-states.bin")
+            hidden = HiddenStates(topology, tokens_NT, writer.scratch / "hidden-states.bin")
         release(topology.model)
         return_freed_memory()
-        written: set[str] = set()
         count = len(topology.block_names)
+        waiting: list[SolvedBlock] = []
         for index in range(count):
             progress(index, count, f"block {index + 1} of {count}")
-            names = topology.block_tensors(index)
-            tensors = source.read(names.values())
+            tensors = source.read(topology.block_tensors(index).values())
             solved = quantize_block(source, topology, index, tensors, plan, hidden, report)
-            writer.write_shard(_encoded(solved, tensors, fmt))
-            written |= set(tensors)
+            if tune:
+                waiting.append(solved)
+            else:
+                writer.write_shard(_encoded(solved, tensors, fmt))
             del solved, tensors
             return_freed_memory()
         if hidden is not None:
             hidden.close()
-            hidden = None
-        for name in sorted(set(source.tensors) - written):
+        if tune:
+            assert tokens_NT is not None
+            waiting = _tuned(source, topology, plan, waiting, tokens_NT, writer, report, progress)
+            for index, solved in enumerate(waiting):
+                tensors = source.read(topology.block_tensors(index).values())
+                writer.write_shard(_encoded(solved, tensors, fmt))
+        for name in sorted(set(source.tensors) - _inside(topology)):
             writer.write_shard(source.read([name]))
-        _report_ignored(report, plan)
-        _finish(source, topology, writer, plan, fmt, report)
+        report.add_ignored()
+        _finish(source, writer, plan, fmt, report)
     except BaseException:
-        if hidden is not None:
-            hidden.close()
         writer.discard()
         raise
     progress(count, count, "done")
@@ -148,71 +116,130 @@ def quantize_block(
     plan: Plan,
     hidden: HiddenStates | None,
     report: Report,
-) -> dict[str, QuantizedLinear]:
-    """Solve every Linear of one block; keys are the layers' names in the checkpoint.
+) -> SolvedBlock:
+    """Fold, then solve every Linear of one block.
 
     With ``hidden``, the block is replayed before (for statistics) and after (so that later
     blocks are calibrated on what this one, quantized, really puts out).
     """
-    block = topology.block(index)
     linears = topology.linears[index]
-    dtype = compute_dtype(source)
+    solved = SolvedBlock({}, {})
     stats: dict[str, InputStats] = {}
+    exponents: dict[str, float] = {}
+    weights = {
+        f"{layer_name(topology, module)}.weight": tensors[
+            f"{layer_name(topology, module)}.weight"
+        ].float()
+        for module in linears
+    }
     if hidden is not None:
         names = topology.block_tensors(index)
+        dtype = compute_dtype(source)
         materialize(topology.model, {p: tensors[t] for p, t in names.items()}, dtype)
-        _, first, call = next(hidden.batches(index))
-        shared = shared_inputs(block, linears, first, call)
-        by_input = collect(block, linears, shared, hidden, index)
-        stats = {name: by_input[group] for group in shared for name in group.names}
-    solved: dict[str, QuantizedLinear] = {}
-    for module_name, linear in linears.items():
-        name = layer_name(topology, module_name)
-        layer = plan.quantized.get(name)
-        if layer is None:
+        stats = _statistics(topology, index, hidden)
+        exponents = _fold(topology, index, tensors, weights, stats, plan, hidden, solved)
+    for module in linears:
+        name = layer_name(topology, module)
+        if name not in plan.quantized:
+            if not torch.equal(weights[f"{name}.weight"], tensors[f"{name}.weight"].float()):
+                solved.changed[f"{name}.weight"] = weights[f"{name}.weight"]
             continue
-        weight_OI = tensors[f"{name}.weight"].float()
-        q, row = solve(name, weight_OI, stats.get(module_name), plan)
+        q, row = solve_layer(
+            name, weights[f"{name}.weight"], stats.get(module), plan, fold=exponents.get(module)
+        )
         report.layers.append(row)
-        solved[name] = q
-        if hidden is not None:
-            linear.weight = nn.Parameter(dequantize(q, dtype), requires_grad=False)
+        solved.codes[name] = q
     if hidden is not None:
+        new = {p: solved.changed[t] for p, t in names.items() if t in solved.changed}
+        for module in linears:
+            if (name := layer_name(topology, module)) in solved.codes:
+                new[f"{module}.weight"] = dequantize(solved.codes[name])
+        materialize(topology.model, new, dtype)
+        block: nn.Module = topology.block(index)
         advance(block, hidden, index)
         release(block)
     return solved
 
 
-def solve(
-    name: str, weight_OI: Tensor, stats: InputStats | None, plan: Plan
-) -> tuple[QuantizedLinear, LayerReport]:
-    """One Linear by the plan's method, with its line of the report."""
-    layer = plan.quantized[name]
-    assert layer.scheme is not None
-    method = parse_method(plan.method)
-    if method.solver == "gptq":
-        assert stats is not None
-        q = gptq(weight_OI, stats, layer.scheme.weight, **plan.options)
-    else:
-        q = rtn(weight_OI, stats, layer.scheme.weight, **plan.options)
-    if stats is None:
-        error = relative_weight_error(weight_OI, dequantize(q))
-    else:
-        error = relative_output_error(weight_OI, dequantize(q), stats.hessian_II)
-    return q, LayerReport(
-        name=name,
-        shape=q.shape,
-        scheme=layer.scheme.name,
-        method=method.name,
-        bits_per_weight=q.bits_per_weight,
-        error=error,
-        measured="weight" if stats is None else "output",
-    )
+def _statistics(topology: Topology, index: int, hidden: HiddenStates) -> dict[str, InputStats]:
+    """Module name -> statistics of its input; Linears of one input share one value."""
+    block, linears = topology.block(index), topology.linears[index]
+    _, first, call = next(hidden.batches(index))
+    shared = shared_inputs(block, linears, first, call)
+    by_input = collect(block, linears, shared, hidden, index)
+    return {name: by_input[group] for group in shared for name in group.names}
 
 
-def layer_name(topology: Topology, module_name: str) -> str:
-    """The name a Linear has in the checkpoint, which may differ in its prefix."""
-    return topology.source[f"{module_name}.weight"].removesuffix(".weight")
+def _fold(
+    topology: Topology,
+    index: int,
+    tensors: Mapping[str, Tensor],
+    weights: dict[str, Tensor],
+    stats: dict[str, InputStats],
+    plan: Plan,
+    hidden: HiddenStates,
+    solved: SolvedBlock,
+) -> dict[str, float]:
+    """Search and apply input scales; weights, stats and solved are updated. Exponent by module."""
+    kind = parse_method(plan.method).fold
+    if kind is None:
+        return {}
+    block, linears = topology.block(index), topology.linears[index]
+    _, first, call = next(hidden.batches(index))
+    shared = shared_inputs(block, linears, first, call)
+    keys = {**topology.block_tensors(index)}
+    prefix = topology.block_names[index] + "."
+    keys |= {p.removeprefix(prefix): t for p, t in keys.items()}
+    values = {t: tensors[t].float() for t in tensors} | weights
+    exponents = {}
+    for fold in find_folds(block, linears, shared, first, call):
+        readers = [keys[f"{name}.weight"] for name in fold.shared.names]
+        stat = stats[fold.shared.names[0]]
+        chosen = choose_input_scale(
+            kind, [values[r] for r in readers], stat, plan.scheme.weight, plan.options,
+            fold.channel_I,
+        )  # fmt: skip
+        applied_I = apply_fold(fold, keys, values, chosen.scale_I)
+        for name in fold.shared.names:
+            stats[name] = scaled_stats(stat, applied_I)
+            exponents[name] = chosen.alpha
+        for parameter in fold.producer:
+            if keys[parameter] not in weights:
+                solved.changed[keys[parameter]] = values[keys[parameter]]
+    weights.update({t: values[t] for t in weights})
+    return exponents
+
+
+def _tuned(
+    source: Checkpoint,
+    topology: Topology,
+    plan: Plan,
+    blocks: list[SolvedBlock],
+    tokens_NT: Tensor,
+    writer: CheckpointWriter,
+    report: Report,
+    progress: Progress,
+) -> list[SolvedBlock]:
+    codes = {name: q for block in blocks for name, q in block.codes.items()}
+    changed = {name: value for block in blocks for name, value in block.changed.items()}
+    effort = Effort(**plan.options["tune"])
+    better, outcome = refine(
+        source, topology, codes, changed, tokens_NT, effort, writer.scratch,
+        seed=plan.seed, say=progress,
+    )  # fmt: skip
+    report.refinement = vars(outcome)
+    return [
+        SolvedBlock({name: better[name] for name in block.codes}, block.changed) for block in blocks
+    ]
+
+
+def _inside(topology: Topology) -> set[str]:
+    """Names of all tensors that belong to a block."""
+    return {
+        tensor
+        for index in range(len(topology.block_names))
+        for tensor in topology.block_tensors(index).values()
+    }
 
 
 def predicted_bytes(source: Checkpoint, topology: Topology, plan: Plan) -> int:
@@ -230,28 +257,18 @@ def predicted_bytes(source: Checkpoint, topology: Topology, plan: Plan) -> int:
     return total
 
 
-def _encoded(
-    solved: Mapping[str, QuantizedLinear], tensors: Mapping[str, Tensor], fmt: Format
-) -> dict[str, Tensor]:
+def _encoded(solved: SolvedBlock, tensors: Mapping[str, Tensor], fmt: Format) -> dict[str, Tensor]:
     out = dict(tensors)
-    for name, q in solved.items():
+    out |= {name: value.to(tensors[name].dtype) for name, value in solved.changed.items()}
+    for name, q in solved.codes.items():
         del out[f"{name}.weight"]
         bias = out.pop(f"{name}.bias", None)
         out |= fmt.encode(name, replace(q, bias_O=bias))
     return out
 
 
-def _report_ignored(report: Report, plan: Plan) -> None:
-    for layer in plan.layers:
-        if layer.scheme is None:
-            report.layers.append(
-                LayerReport(layer.name, layer.shape, "W16A16", "none", 16.0, ignored=layer.ignored)
-            )
-
-
 def _finish(
     source: Checkpoint,
-    topology: Topology,
     writer: CheckpointWriter,
     plan: Plan,
     fmt: Format,

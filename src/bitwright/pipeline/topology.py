@@ -283,3 +283,8 @@ def call_block(block: nn.Module, hidden_BTD: Tensor, call: BlockCall) -> Tensor:
     result = out[0] if isinstance(out, tuple) else out
     assert isinstance(result, Tensor)
     return result
+
+
+def layer_name(topology: Topology, module_name: str) -> str:
+    """The name a Linear has in the checkpoint, which may differ in its prefix."""
+    return topology.source[f"{module_name}.weight"].removesuffix(".weight")

@@ -1,0 +1,71 @@
+"""What a run did, layer by layer."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from bitwright.schemes.plan import Plan
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one Linear.
+
+    ``error`` is relative: of the output where calibrated, else of the weight (``measured``
+    says which). ``fold`` is the exponent of the input scale folded in front of it, if any.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    method: str
+    bits_per_weight: float
+    error: float | None = None
+    measured: str = ""
+    fold: float | None = None
+    fallback: str = ""
+    ignored: str = ""
+
+
+@dataclass
+class Report:
+    """The result of a run; everything but seconds and memory goes into the output folder."""
+
+    plan: Plan
+    layers: list[LayerReport] = field(default_factory=list)
+    refinement: dict[str, float] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The part that is a function of model, plan and text alone."""
+        found = len(self.plan.layers)
+        return {
+            "plan": self.plan.to_json(),
+            "fingerprint": self.plan.fingerprint,
+            "bits_per_weight": self.plan.bits_per_weight,
+            "linears": {
+                "found": found,
+                "quantized": len(self.plan.quantized),
+                "ignored": found - len(self.plan.quantized),
+            },
+            "notes": list(self.plan.notes),
+            "refinement": self.refinement,
+            "layers": [row_json(row) for row in self.layers],
+        }
+
+    def add_ignored(self) -> None:
+        """List the layers that were left alone, with their reasons."""
+        for layer in self.plan.layers:
+            if layer.scheme is None:
+                self.layers.append(
+                    LayerReport(
+                        layer.name, layer.shape, "W16A16", "none", 16.0, ignored=layer.ignored
+                    )
+                )
+
+
+def row_json(row: LayerReport) -> dict[str, Any]:
+    """A layer's line without its empty fields."""
+    return {key: value for key, value in vars(row).items() if value not in ("", None)}

@@ -1,0 +1,98 @@
+"""From a block's statistics to codes: which scale, which solver, and what if it fails."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from bitwright.errors import NotPositiveDefinite
+from bitwright.methods.awq import InputScale, awq_scale
+from bitwright.methods.compose import Fold as FoldName
+from bitwright.methods.compose import parse_method
+from bitwright.methods.gptq import gptq
+from bitwright.methods.objective import relative_output_error, relative_weight_error
+from bitwright.methods.obq import obq
+from bitwright.methods.rtn import rtn
+from bitwright.methods.smoothquant import smooth_scale, smoothquant_scale
+from bitwright.pipeline.report import LayerReport
+from bitwright.schemes.plan import Plan
+from bitwright.schemes.quantized import QuantizedLinear, dequantize
+from bitwright.schemes.scheme import Spec
+from bitwright.schemes.stats import InputStats
+
+LARGEST_DAMP = 1.0
+
+
+def solve_layer(
+    name: str,
+    weight_OI: Tensor,
+    stats: InputStats | None,
+    plan: Plan,
+    *,
+    fold: float | None = None,
+) -> tuple[QuantizedLinear, LayerReport]:
+    """One Linear by the plan's method, with its line of the report.
+
+    A hessian that has no Cholesky factor is damped ten times more, up to LARGEST_DAMP; after
+    that the layer is rounded to nearest. Either is written into the report.
+    """
+    layer = plan.quantized[name]
+    assert layer.scheme is not None
+    spec = layer.scheme.weight
+    q, fallback = _solve(weight_OI, stats, spec, plan.method, plan.options)
+    if stats is None:
+        error = relative_weight_error(weight_OI, dequantize(q))
+    else:
+        error = relative_output_error(weight_OI, dequantize(q), stats.hessian_II)
+    return q, LayerReport(
+        name=name,
+        shape=q.shape,
+        scheme=layer.scheme.name,
+        method=plan.method,
+        bits_per_weight=q.bits_per_weight,
+        error=error,
+        measured="weight" if stats is None else "output",
+        fold=fold,
+        fallback=fallback,
+    )
+
+
+def _solve(
+    weight_OI: Tensor,
+    stats: InputStats | None,
+    spec: Spec,
+    method: str,
+    options: Mapping[str, Any],
+) -> tuple[QuantizedLinear, str]:
+    solver, search = parse_method(method).solver, options["search"]
+    if solver == "rtn" or stats is None:
+        return rtn(weight_OI, stats, spec, search=search), ""
+    damp, fallback = float(options["damp"]), ""
+    while damp <= LARGEST_DAMP:
+        try:
+            if solver == "obq":
+                return obq(weight_OI, stats, spec, damp=damp, search=search), fallback
+            q = gptq(weight_OI, stats, spec, damp=damp, order=options["order"], search=search)
+            return q, fallback
+        except NotPositiveDefinite:
+            damp *= 10
+            fallback = f"damping raised to {damp:g}"
+    return rtn(weight_OI, stats, spec, search=search), "round-to-nearest: hessian not definite"
+
+
+def choose_input_scale(
+    kind: FoldName,
+    weights_OI: list[Tensor],
+    stats: InputStats,
+    spec: Spec,
+    options: Mapping[str, Any],
+    shared_I: Tensor,
+) -> InputScale:
+    """The channel scale that AWQ or SmoothQuant would fold in front of these Linears."""
+    if kind == "awq":
+        return awq_scale(weights_OI, stats, spec, shared_I=shared_I)
+    strength = options["smoothing"]
+    if strength is None:
+        return smoothquant_scale(weights_OI, stats, spec, shared_I=shared_I)
+    scale_I = smooth_scale(weights_OI, stats, strength, shared_I=shared_I)
+    return InputScale(scale_I, strength, 0.0, 0.0)
