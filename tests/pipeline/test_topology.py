@@ -167,12 +167,15 @@ def test_weights_of_another_model_are_refused(llama: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("architecture", "expected"),
     [
-        ("llama", [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]),
+        (
+            "llama",
+            [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}],
+        ),
         ("phi3", [{"qkv_proj"}, {"o_proj"}, {"gate_up_proj"}, {"down_proj"}]),
         ("opt", [{"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"}]),
         ("gpt-neox", [{"query_key_value"}, {"dense"}, {"dense_h_to_4h"}, {"dense_4h_to_h"}]),
     ],
-)  # fmt: skip
+)
 def test_linears_fed_by_one_tensor_are_found(
     architecture: str, expected: list[set[str]], model_of: ModelFactory
 ) -> None:
