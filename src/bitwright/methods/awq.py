@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from bitwright.methods.objective import output_error
-from bitwright.methods.rtn import rtn
+from bitwright.methods.rtn import rounded
 from bitwright.numerics.scales import Search
-from bitwright.schemes.quantized import dequantize
 from bitwright.schemes.scheme import Spec
 from bitwright.schemes.stats import InputStats
 
@@ -89,10 +88,10 @@ def scaled_error(
 ) -> float:
     """Output error of rounding every W diag(s), measured in the unscaled input."""
     error = 0.0
-    scaled = scaled_stats(stats, scale_I)
+    importance_I = stats.hessian_II.diagonal() / scale_I.square()
     for weight_OI in weights_OI:
-        q = rtn(weight_OI * scale_I, scaled, spec, search=search)
-        error += output_error(weight_OI, dequantize(q) / scale_I, stats.hessian_II)
+        q_OI = rounded(weight_OI * scale_I, spec, search=search, importance_I=importance_I)
+        error += output_error(weight_OI, q_OI / scale_I, stats.hessian_II)
     return error
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from bitwright.numerics.groups import scale_shape
-from bitwright.numerics.scales import Search, choose_scale
+from bitwright.numerics.groups import join, scale_shape
+from bitwright.numerics.scales import Search, choose_scale, project
 from bitwright.schemes.quantized import (
     QuantizedLinear,
     grouped,
@@ -27,6 +27,17 @@ def rtn(
     importance = None if stats is None else stats.hessian_II.diagonal()
     scale_RG, zero_RG = choose_scales(weight_OI, spec, search=search, importance_I=importance)
     return quantize_to(weight_OI, spec, scale_RG, zero_RG)
+
+
+def rounded(
+    weight_OI: Tensor, spec: Spec, *, search: Search, importance_I: Tensor | None = None
+) -> Tensor:
+    """What `rtn` reads back as, without making codes: for searches that try many weights."""
+    scale_RG, zero_RG = choose_scales(weight_OI, spec, search=search, importance_I=importance_I)
+    zero = None if zero_RG is None else zero_RG.reshape(-1, 1)
+    groups_NC = project(grouped(weight_OI, spec), scale_RG.reshape(-1, 1), zero, spec.grid)
+    shape = (weight_OI.shape[0], weight_OI.shape[1])
+    return join(groups_NC, shape, spec.group)
 
 
 def choose_scales(

@@ -66,4 +66,7 @@ def _error(
 ) -> float:
     step = float((stats.absmax_I / scale_I).max()) / (2 ** (input_bits - 1) - 1)
     power = math.fsum(float((w * scale_I).square().sum()) for w in weights_OI)
-    return float(scaled_error(weights_OI, stats, spec, scale_I, "absmax") + step * step / 12 * power)
+    error = scaled_error(weights_OI, stats, spec, scale_I, "absmax")
+    return error + step * step / 12 * power
+        scaled_error(weights_OI, stats, spec, scale_I, "absmax") + step * step / 12 * power
+    )

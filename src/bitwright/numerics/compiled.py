@@ -1,4 +1,4 @@
-"""The two inner loops that would be too slow as tensor operations, compiled for the CPU.
+"""The inner loops that would be too slow as tensor operations, compiled for the CPU.
 
 Plain arithmetic on numpy arrays, no policy: their meaning is fixed by the tensor code that
 calls them (`scales.py`, `methods/gptq.py`), and tests hold the two against each other.
@@ -43,6 +43,20 @@ def best_candidate(
                 least = error
                 best_N[n] = k
     return best_N
+
+
+@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+def round_trip(
+    x_NC: Float, scale_N1: Float, zero_N1: Float, lowest: float, highest: float
+) -> Float:
+    """Each value rounded to the nearest code of its row's grid, and read back."""
+    out_NC = np.empty_like(x_NC)
+    for n in numba.prange(x_NC.shape[0]):
+        scale, zero = scale_N1[n, 0], zero_N1[n, 0]
+        for c in range(x_NC.shape[1]):
+            q = min(max(np.rint(x_NC[n, c] / scale) + zero, lowest), highest)
+            out_NC[n, c] = (q - zero) * scale
+    return out_NC
 
 
 @numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]

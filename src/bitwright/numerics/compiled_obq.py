@@ -102,5 +102,6 @@ def solve_rows(
                     entry = (inverse_II[pivot, j] - done) / root
                     eliminated[j, k] = entry
                     diagonal[j] -= entry * entry
-                    w[j] -= change * entry
+                    if entry != 0:  # not even the sign of a zero weight may change
+                        w[j] -= change * entry
     return level_OI

@@ -83,5 +83,6 @@ def join(groups: Tensor, shape: tuple[int, int], group: Group) -> Tensor:
 def expand(scale_RG: Tensor, shape: tuple[int, int], group: Group) -> Tensor:
     """One scale per group -> one per value, shape ``shape``."""
     rows, cols = sides(shape, group)
-    full = scale_RG.repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+    r, g = scale_RG.shape
+    full = scale_RG[:, None, :, None].expand(r, rows, g, cols).reshape(r * rows, g * cols)
     return full[: shape[0], : shape[1]]

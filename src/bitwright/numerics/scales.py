@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitwright.numerics.compiled import best_candidate
+from bitwright.numerics.compiled import best_candidate, round_trip
 from bitwright.numerics.grids import Grid, IntGrid
 from bitwright.numerics.rounding import decode, encode
 
@@ -127,6 +127,16 @@ def _least_error_by_tensors(
 
 def project(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
     """``x`` rounded to the grid and read back; ``scale`` and ``zero`` broadcast to ``x``."""
+    if isinstance(grid, IntGrid) and x.device.type == "cpu" and scale.shape == (len(x), 1):
+        zeros = torch.zeros_like(scale) if zero is None else zero
+        done = round_trip(
+            x.contiguous().numpy(),
+            scale.contiguous().numpy(),
+            zeros.to(x.dtype).contiguous().numpy(),
+            float(grid.lowest),
+            float(grid.highest),
+        )
+        return torch.from_numpy(done)
     if zero is None or not isinstance(grid, IntGrid):
         return decode(encode(x / scale, grid), grid, x.dtype) * scale
     codes = encode(torch.round(x / scale) + zero, grid)
