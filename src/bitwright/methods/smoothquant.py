@@ -68,5 +68,3 @@ def _error(
     power = math.fsum(float((w * scale_I).square().sum()) for w in weights_OI)
     error = scaled_error(weights_OI, stats, spec, scale_I, "absmax")
     return error + step * step / 12 * power
-        scaled_error(weights_OI, stats, spec, scale_I, "absmax") + step * step / 12 * power
-    )
