@@ -41,10 +41,11 @@ class Child:
 
     @property
     def failure(self) -> str:
-        """The last lines that say what went wrong; "" if nothing did."""
+        """The last line that says what went wrong; "" if nothing did."""
         if self.code == 0:
             return ""
-        lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
+        stripped = [line.strip(" │╭╮╰╯─") for line in self.stderr.splitlines()]
+        lines = [line for line in stripped if line]
         return lines[-1][:300] if lines else f"exit code {self.code}"
 
     def last_json(self) -> dict[str, Any]:

@@ -25,6 +25,9 @@ PROBES = (
     ("bitwright.numerics.linalg", "inverse_cholesky_upper", "factor"),
     ("bitwright.numerics.compiled", "solve_columns", "columns"),
     ("bitwright.methods.gptq", "gptq", "solve, rest"),
+    ("bitwright.pipeline.folds", "find_folds", "find folds"),
+    ("bitwright.methods.awq", "awq_scale", "awq search"),
+    ("bitwright.methods.smoothquant", "smoothquant_scale", "smooth search"),
     ("bitwright.methods.objective", "relative_output_error", "error report"),
     ("bitwright.schemes.quantized", "dequantize", "dequantize"),
 )

@@ -104,7 +104,9 @@ def measure(entry: Entry, words: list[str], out: Path, args: argparse.Namespace)
     row: Row = {"seconds": round(child.seconds, 1), "peak_mb": round(child.peak_rss_bytes / 1e6)}
     if child.failure:
         return row | {"error": child.failure}
-    row["version"] = child.last_json().get("version")
+    said = child.last_json()
+    row["version"] = said.get("version")
+    out = out / said.get("folder", "")
     if entry.tool == "gptqmodel":
         plain = out.with_name("plain")
         script = [args.python_gptqmodel, str(PEERS / "gptq_model.py")]

@@ -104,7 +104,10 @@ def measure(case: Case, command: list[str], args: argparse.Namespace) -> Row:
         if case.method != UNQUANTIZED:
             out = Path(folder) / "out"
             child = run([str(out) if word == "OUT" else word for word in command])
-            row |= {"seconds": round(child.seconds, 1), "peak_mb": child.peak_rss_bytes / 1e6}
+            row |= {
+                "seconds": round(child.seconds, 1),
+                "peak_mb": round(child.peak_rss_bytes / 1e6),
+            }
             if child.failure:
                 return row | {"error": child.failure}
             report = child.last_json()

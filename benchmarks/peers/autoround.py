@@ -45,7 +45,9 @@ def main() -> None:
         device_map="cpu",
     )
     tuner.quantize_and_save(args.out, format="fake")
-    print(json.dumps({"version": version("auto-round"), "iterations": args.iterations}))
+    (written,) = Path(args.out).rglob("config.json")  # AutoRound adds a folder of its own
+    folder = str(written.parent.relative_to(args.out))
+    print(json.dumps({"version": version("auto-round"), "folder": folder}))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python gptq_model.py dequantize QUANTIZED MODEL OUT     plain bfloat16, for the 
 
 import argparse
 import json
+import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 def quantize(args: argparse.Namespace) -> None:
     """Symmetric or asymmetric GPTQ with the tool's other defaults."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its default of cores / 2 fails on two
     from gptqmodel import GPTQModel, QuantizeConfig
 
     windows = json.loads(args.windows.read_text())

@@ -34,7 +34,7 @@ def recipe(method: str, bits: int, group_size: int, symmetric: bool) -> list[Any
         return [GPTQModifier(**common, actorder="static", dampening_frac=0.01)]
     if method == "rtn":
         return [QuantizationModifier(**common)]
-    from llmcompressor.modifiers.awq import AWQModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
 
     if method == "awq-unpinned":
         from llmcompressor.pipelines.cache import IntermediatesCache

@@ -64,7 +64,7 @@ def smoothquant_scale(
 def _error(
     weights_OI: Sequence[Tensor], stats: InputStats, spec: Spec, scale_I: Tensor, input_bits: int
 ) -> float:
-    step = float((stats.absmax_I / scale_I).max()) / (2 ** (input_bits - 1) - 1)
+    step = float((stats.absmax_I / scale_I).max()) / ((1 << (input_bits - 1)) - 1)
     power = math.fsum(float((w * scale_I).square().sum()) for w in weights_OI)
     error = scaled_error(weights_OI, stats, spec, scale_I, "absmax")
     return error + step * step / 12 * power
