@@ -71,7 +71,8 @@ def _solve(
     while damp <= LARGEST_DAMP:
         try:
             if solver == "obq":
-                return obq(weight_OI, stats, spec, damp=damp, search=search), fallback
+                q = obq(weight_OI, stats, spec, damp=damp, search=search, order="pivot")
+                return q, fallback
             q = gptq(weight_OI, stats, spec, damp=damp, order=options["order"], search=search)
             return q, fallback
         except NotPositiveDefinite:

@@ -151,7 +151,8 @@ def _find_blocks(model: nn.Module) -> tuple[str, ...]:
 def match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """Parameter name -> tensor name. Prefixes may differ; a last one left over is its pair.
 
-    Parameters tied to another one that is stored are left out. Raises BadCheckpoint or
+    Parameters tied to another one that is stored are left out. An empty stored shape means
+    that it is not known yet and is not checked. Raises BadCheckpoint or
     BadTensor for a parameter that is not stored or has another shape.
     """
     prefix = f"{model.base_model_prefix}."
@@ -178,7 +179,7 @@ def match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
             raise BadCheckpoint(f"the checkpoint has no tensor for {name} {list(shape)}")
         out[name] = rest[0]
     for name, tensor in out.items():
-        if tuple(wanted[name].shape) != stored[tensor].shape:
+        if stored[tensor].shape and tuple(wanted[name].shape) != stored[tensor].shape:
             raise BadTensor(
                 f"tensor {tensor} has shape {list(stored[tensor].shape)}, but config.json "
                 f"asks for {list(wanted[name].shape)}: they belong to different models"

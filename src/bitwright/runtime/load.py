@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.errors import BadCheckpoint
+from bitwright.errors import BadCheckpoint, BadTensor
 from bitwright.formats import FORMATS, get_format
-from bitwright.pipeline.checkpoint import Checkpoint
+from bitwright.pipeline.checkpoint import Checkpoint, TensorInfo
 from bitwright.pipeline.topology import build_empty, compute_dtype, match_names, materialize
 from bitwright.schemes.protocols import Format
 from bitwright.schemes.quantized import QuantizedLinear, dequantize
@@ -50,6 +50,11 @@ def load_model(
         name = tensor.removesuffix(".weight")
         if fmt is not None and tensor.endswith(".weight") and name in quantized:
             value: Tensor = dequantize(read_layer(checkpoint, fmt, name), dtype)
+            if value.shape != model.get_parameter(parameter).shape:
+                raise BadTensor(
+                    f"layer {name} decodes to {list(value.shape)}, but config.json asks for "
+                    f"{list(model.get_parameter(parameter).shape)}"
+                )
         else:
             value = checkpoint.read([tensor])[tensor]
         materialize(model, {parameter: value}, dtype)
@@ -58,9 +63,10 @@ def load_model(
 
 
 def _dense_view(checkpoint: Checkpoint, fmt: Format, quantized: set[str]) -> Checkpoint:
-    """The checkpoint as it would look unquantized: headers only, for matching names."""
-    from bitwright.pipeline.checkpoint import TensorInfo
+    """The checkpoint as it would look unquantized, for matching names.
 
+    The shape of a quantized layer is left empty: only decoding it tells.
+    """
     parts: dict[str, list[str]] = {name: [] for name in quantized}
     tensors = {}
     for tensor, info in checkpoint.tensors.items():
@@ -70,6 +76,5 @@ def _dense_view(checkpoint: Checkpoint, fmt: Format, quantized: set[str]) -> Che
         else:
             tensors[tensor] = info
     for name in quantized:
-        shape = tuple(int(side) for side in read_layer(checkpoint, fmt, name).shape)
-        tensors[f"{name}.weight"] = TensorInfo("", shape, torch.bfloat16)
+        tensors[f"{name}.weight"] = TensorInfo("", (), torch.bfloat16)
     return Checkpoint(checkpoint.folder, checkpoint.config, tensors)
