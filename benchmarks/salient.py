@@ -21,7 +21,7 @@ from common import Results, Row, Table
 from torch import Tensor, nn
 
 from bitwright.api import calibration_tokens, load_tokenizer, resolve
-from bitwright.evaluate.perplexity import evaluate_model
+from bitwright.evaluation.perplexity import evaluate_model
 from bitwright.methods.rtn import rtn
 from bitwright.pipeline.texts import evaluation_windows, read_text, tokenize
 from bitwright.pipeline.topology import discover

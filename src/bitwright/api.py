@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bitwright.errors import BadCheckpoint, BadRequest, BadShape, UnknownName
-from bitwright.evaluate.perplexity import Evaluation, evaluate_model
+from bitwright.evaluation.perplexity import Evaluation, evaluate_model
 from bitwright.formats import get_format
 from bitwright.methods.compose import parse_method
 from bitwright.numerics.groups import dividing_sizes
