@@ -218,9 +218,10 @@ def main() -> None:
         message = " ".join(str(error).split())
         print(f"bitwright: {message}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("bitwright: stopped; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # how typer ends on an interrupt
+            print("bitwright: stopped; nothing was written", file=sys.stderr)
+        raise
 
 
 def _require_device(device: Device) -> None:
