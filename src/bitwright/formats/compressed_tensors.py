@@ -110,6 +110,10 @@ class CompressedTensors:
             quantization_status="compressed",
         )
         out: dict[str, Any] = config.to_dict()
+        if any(scheme.weight.asymmetric for scheme in schemes):
+            # transformers 5.23 refuses packed zero points unless it dequantizes while loading:
+            # its compressed layout expects them unpacked. Other readers ignore the key.
+            out["dequantize"] = True
         return out
 
 

@@ -1,0 +1,133 @@
+"""W4A16 checkpoints in a real vLLM, against bitwright's forward of the dequantized weights.
+
+vLLM computes in float16 and bitwright in float32: what is compared is the meaning of the stored
+weights. In bfloat16 either side's own rounding moves log-probabilities by more than that.
+"""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+
+import bitwright
+from bitwright.api import load_tokenizer, resolve
+from bitwright.runtime.load import load_model
+
+pytestmark = pytest.mark.runtime
+
+PROMPTS = ("assignment", "booleans", "comparisons", "exceptions")
+PROMPT_TOKENS = 96
+NEW_TOKENS = 32
+VLLM_SECONDS = 900
+CASES = {
+    "group-symmetric": {"group_size": "auto"},
+    "group-asymmetric": {"group_size": 32, "asymmetric": True},
+    "channel-symmetric": {"group_size": -1},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_vllm_computes_what_bitwright_specifies(
+    case: str,
+    vllm_interpreter: Path,
+    smollm2: Path,
+    tmp_path: Path,
+    note: Callable[[str], None],
+) -> None:
+    folder = tmp_path / "model"
+    bitwright.quantize(smollm2, folder, scheme="W4A16", **CASES[case])
+    model = load_model(resolve(folder), dtype=torch.float32)
+    tokenizer = load_tokenizer(resolve(folder))
+    prompts = [
+        tokenizer(topics[name], add_special_tokens=False)["input_ids"][:PROMPT_TOKENS]
+        for name in PROMPTS
+    ]
+    start = time.perf_counter()
+    answer = ask_vllm(vllm_interpreter, folder, prompts)
+    seconds = time.perf_counter() - start
+
+    tokens_PN = torch.tensor(answer["tokens"])
+    own_PT, best_PT = own_forward(model, torch.cat([torch.tensor(prompts), tokens_PN], 1))
+    difference = (own_PT[:, : PROMPT_TOKENS - 1] - torch.tensor(answer["logprobs"])).abs()
+    agreements = (best_PT[:, PROMPT_TOKENS - 1 : -1] == tokens_PN).sum(1).tolist()
+    free = [
+        common_prefix(mine, theirs)
+        for mine, theirs in zip(own_greedy(model, prompts), answer["tokens"], strict=True)
+    ]
+    note(
+        f"vLLM, {case}: log-probabilities differ by {difference.mean():.4f} on average, "
+        f"{difference.max():.4f} at most, over {difference.numel()} tokens; of {NEW_TOKENS} greedy "
+        f"tokens equal {agreements} given the same prefix, first {free} running free; "
+        f"{seconds:.0f} s"
+    )
+    assert float(difference.mean()) < 0.02
+    assert min(agreements) >= 30
+
+
+def ask_vllm(interpreter: Path, folder: Path, prompts: list[list[int]]) -> dict[str, Any]:
+    """One vLLM process: load the checkpoint, score the prompts, continue them."""
+    request, answer = folder.parent / "request.json", folder.parent / "answer.json"
+    asked = {
+        "model": str(folder),
+        "dtype": "float16",
+        "prompts": prompts,
+        "new_tokens": NEW_TOKENS,
+    }
+    request.write_text(json.dumps(asked), encoding="utf-8")
+    outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    script = Path(__file__).with_name("vllm_score.py")
+    done = subprocess.run(
+        [interpreter, script, request, answer],
+        env=outside | settings,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=VLLM_SECONDS,
+    )
+    assert done.returncode == 0, f"vLLM failed:\n{done.stdout[-6000:]}"
+    result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    return result
+
+
+def own_forward(model: Any, tokens_PT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probability of every token after the first, most likely token after every one)."""
+    with torch.no_grad():
+        logprobs = model(input_ids=tokens_PT).logits.float().log_softmax(-1)
+    own_PT = logprobs[:, :-1].gather(2, tokens_PT[:, 1:, None])[..., 0]
+    return own_PT, logprobs.argmax(-1)
+
+
+def own_greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """The tokens transformers' greedy search writes with the dequantized weights."""
+    ids_PT = torch.tensor(prompts)
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids_PT,
+            attention_mask=torch.ones_like(ids_PT),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        )
+    answer: list[list[int]] = out[:, PROMPT_TOKENS:].tolist()
+    return answer
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many leading tokens are the same."""
+    pairs = enumerate(zip(a, b, strict=True))
+    return next((i for i, (x, y) in pairs if x != y), len(a))
