@@ -17,7 +17,7 @@ from bitwright.pipeline.inputs import shared_inputs
 from bitwright.pipeline.memory import peak_rss_bytes, return_freed_memory
 from bitwright.pipeline.refine import Effort, refine
 from bitwright.pipeline.report import Report
-from bitwright.pipeline.solve import choose_input_scale, solve_layer
+from bitwright.pipeline.solve import choose_input_scale, solve_layers
 from bitwright.pipeline.topology import (
     Topology,
     compute_dtype,
@@ -126,6 +126,7 @@ def quantize_block(
     solved = SolvedBlock({}, {})
     stats: dict[str, InputStats] = {}
     exponents: dict[str, float] = {}
+    rewritten: set[str] = set()
     weights = {
         f"{layer_name(topology, module)}.weight": tensors[
             f"{layer_name(topology, module)}.weight"
@@ -137,18 +138,22 @@ def quantize_block(
         dtype = compute_dtype(source)
         materialize(topology.model, {p: tensors[t] for p, t in names.items()}, dtype)
         stats = _statistics(topology, index, hidden)
+        original = dict(weights)
         exponents = _fold(topology, index, tensors, weights, stats, plan, hidden, solved)
-    for module in linears:
-        name = layer_name(topology, module)
-        if name not in plan.quantized:
-            if not torch.equal(weights[f"{name}.weight"], tensors[f"{name}.weight"].float()):
-                solved.changed[f"{name}.weight"] = weights[f"{name}.weight"]
-            continue
-        q, row = solve_layer(
-            name, weights[f"{name}.weight"], stats.get(module), plan, fold=exponents.get(module)
-        )
-        report.layers.append(row)
-        solved.codes[name] = q
+        rewritten = {key for key in weights if weights[key] is not original[key]}
+    for together in _solved_together(linears, stats):
+        chosen = {}
+        for name in (layer_name(topology, module) for module in together):
+            key = f"{name}.weight"
+            if name in plan.quantized:
+                chosen[name] = weights[key]
+            elif key in rewritten:
+                solved.changed[key] = weights[key]
+        if chosen:
+            fold, stat = exponents.get(together[0]), stats.get(together[0])
+            for name, q, row in solve_layers(chosen, stat, plan, fold=fold):
+                report.layers.append(row)
+                solved.codes[name] = q
     if hidden is not None:
         new = {p: solved.changed[t] for p, t in names.items() if t in solved.changed}
         for module in linears:
@@ -159,6 +164,17 @@ def quantize_block(
         advance(block, hidden, index)
         release(block)
     return solved
+
+
+def _solved_together(
+    linears: Mapping[str, nn.Linear], stats: Mapping[str, InputStats]
+) -> list[list[str]]:
+    """Module names grouped by the statistics they share; each alone where there are none."""
+    groups: dict[int, list[str]] = {}
+    for module in linears:
+        key = id(stats[module]) if module in stats else id(linears[module])
+        groups.setdefault(key, []).append(module)
+    return list(groups.values())
 
 
 def _statistics(topology: Topology, index: int, hidden: HiddenStates) -> dict[str, InputStats]:
@@ -200,8 +216,9 @@ def _fold(
             fold.channel_I,
         )  # fmt: skip
         applied_I = apply_fold(fold, keys, values, chosen.scale_I)
+        scaled = scaled_stats(stat, applied_I)
         for name in fold.shared.names:
-            stats[name] = scaled_stats(stat, applied_I)
+            stats[name] = scaled
             exponents[name] = chosen.alpha
         for parameter in fold.producer:
             if keys[parameter] not in weights:

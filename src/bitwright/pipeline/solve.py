@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitwright.errors import NotPositiveDefinite
@@ -10,7 +11,7 @@ from bitwright.methods.awq import InputScale, awq_scale
 from bitwright.methods.compose import Fold as FoldName
 from bitwright.methods.compose import parse_method
 from bitwright.methods.gptq import gptq
-from bitwright.methods.objective import relative_output_error, relative_weight_error
+from bitwright.methods.objective import row_errors
 from bitwright.methods.obq import obq
 from bitwright.methods.rtn import rtn
 from bitwright.methods.smoothquant import smooth_scale, smoothquant_scale
@@ -23,38 +24,47 @@ from bitwright.schemes.stats import InputStats
 LARGEST_DAMP = 1.0
 
 
-def solve_layer(
-    name: str,
-    weight_OI: Tensor,
+def solve_layers(
+    weights: Mapping[str, Tensor],
     stats: InputStats | None,
     plan: Plan,
     *,
     fold: float | None = None,
-) -> tuple[QuantizedLinear, LayerReport]:
-    """One Linear by the plan's method, with its line of the report.
+) -> list[tuple[str, QuantizedLinear, LayerReport]]:
+    """The Linears of one shared input by the plan's method, with their lines of the report.
 
-    A hessian that has no Cholesky factor is damped ten times more, up to LARGEST_DAMP; after
-    that the layer is rounded to nearest. Either is written into the report.
+    Rows are solved independently of each other, so the weights are stacked and share one
+    factorization. A hessian that has no Cholesky factor is damped ten times more, up to
+    LARGEST_DAMP; after that the layers are rounded to nearest. Either is reported.
     """
-    layer = plan.quantized[name]
-    assert layer.scheme is not None
-    spec = layer.scheme.weight
-    q, fallback = _solve(weight_OI, stats, spec, plan.method, plan.options)
-    if stats is None:
-        error = relative_weight_error(weight_OI, dequantize(q))
-    else:
-        error = relative_output_error(weight_OI, dequantize(q), stats.hessian_II)
-    return q, LayerReport(
-        name=name,
-        shape=q.shape,
-        scheme=layer.scheme.name,
-        method=plan.method,
-        bits_per_weight=q.bits_per_weight,
-        error=error,
-        measured="weight" if stats is None else "output",
-        fold=fold,
-        fallback=fallback,
+    first = plan.quantized[next(iter(weights))]
+    assert first.scheme is not None
+    scheme = first.scheme
+    stacked_OI = torch.cat(list(weights.values()))
+    stacked, fallback = _solve(stacked_OI, stats, scheme.weight, plan.method, plan.options)
+    error_O, power_O = row_errors(
+        stacked_OI, dequantize(stacked), None if stats is None else stats.hessian_II
     )
+    out = []
+    start = 0
+    for name, weight_OI in weights.items():
+        rows = slice(start, start + len(weight_OI))
+        start += len(weight_OI)
+        q = stacked.rows(rows)
+        power = float(power_O[rows].sum())
+        row = LayerReport(
+            name=name,
+            shape=q.shape,
+            scheme=scheme.name,
+            method=plan.method,
+            bits_per_weight=q.bits_per_weight,
+            error=float(error_O[rows].sum()) / power if power > 0 else 0.0,
+            measured="weight" if stats is None else "output",
+            fold=fold,
+            fallback=fallback,
+        )
+        out.append((name, q, row))
+    return out
 
 
 def _solve(

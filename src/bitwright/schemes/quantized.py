@@ -1,6 +1,6 @@
 """QuantizedLinear: the one value that methods produce, formats store and kernels read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,18 @@ class QuantizedLinear:
     def bits_per_weight(self) -> float:
         """Stored bits per weight, scales and zero points included."""
         return self.spec.bits_per_value(self.shape)
+
+    def rows(self, part: slice) -> "QuantizedLinear":
+        """The layer made of some of the output rows; for specs whose groups are single rows."""
+        assert self.spec.group[0] == 1
+        zero, bias = self.zero_point_RG, self.bias_O
+        return replace(
+            self,
+            codes_OI=self.codes_OI[part],
+            scale_RG=self.scale_RG[part],
+            zero_point_RG=None if zero is None else zero[part],
+            bias_O=None if bias is None else bias[part],
+        )
 
 
 def dequantize(q: QuantizedLinear, dtype: torch.dtype = torch.float32) -> Tensor:
