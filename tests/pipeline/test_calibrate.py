@@ -1,0 +1,105 @@
+"""Replaying blocks gives what the whole model computes, and the statistics of its inputs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.fixtures import ModelFactory
+from support.models import ARCHITECTURES, VOCABULARY
+from transformers import AutoModelForCausalLM
+
+from bitwright.errors import NoSpace, UnsupportedModel
+from bitwright.pipeline import calibrate
+from bitwright.pipeline.calibrate import HiddenStates, advance, collect, gram_of
+from bitwright.pipeline.checkpoint import open_checkpoint
+from bitwright.pipeline.inputs import SharedInput
+from bitwright.pipeline.topology import discover, load_outside, materialize
+
+
+@pytest.mark.parametrize("batch_tokens", [32, 80, 4096])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_replay_equals_the_model(
+    architecture: str,
+    batch_tokens: int,
+    model_of: ModelFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calibrate, "TOKENS_PER_BATCH", batch_tokens)
+    folder = model_of(architecture)
+    tokens = torch.randint(VOCABULARY, (5, 32))
+    source = open_checkpoint(folder)
+    topology = discover(source)
+    load_outside(topology, source)
+    hidden = HiddenStates(topology, tokens, tmp_path / "hidden")
+    assert hidden.tokens == tokens.numel()
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    name = next(iter(topology.linears[1]))
+    seen: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    last = model.get_submodule(topology.block_names[1])
+    last.register_forward_hook(
+        lambda _, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+
+    for index in range(2):
+        block = topology.block(index)
+        names = topology.block_tensors(index)
+        loaded = source.read(names.values())
+        materialize(topology.model, {p: loaded[t] for p, t in names.items()}, torch.float32)
+        if index == 1:
+            group = SharedInput((name,))
+            stats = collect(block, topology.linears[1], [group], hidden, 1)[group]
+            x = seen[0].reshape(-1, seen[0].shape[-1])
+            torch.testing.assert_close(stats.hessian_II, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(stats.absmean_I, x.abs().mean(0), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(stats.absmax_I, x.abs().amax(0), rtol=1e-4, atol=1e-5)
+            assert stats.tokens == tokens.numel()
+        advance(block, hidden, index)
+    replayed = torch.cat([batch for _, batch, _ in hidden.batches(1)])
+    torch.testing.assert_close(replayed, outputs[0], rtol=1e-4, atol=1e-4)
+    del replayed
+    hidden.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("width", [1, 30, 255, 256, 301])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gram_is_the_matrix_product(width: int, dtype: torch.dtype) -> None:
+    x = torch.randn(64, width).to(dtype)
+    before = torch.get_float32_matmul_precision()
+    gram = gram_of(x)
+    assert torch.get_float32_matmul_precision() == before
+    assert gram.dtype is torch.float32
+    expected = (x.double().T @ x.double()).float()
+    torch.testing.assert_close(gram, expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(gram, gram.T)
+
+
+def test_calls_that_depend_on_the_tokens_are_refused() -> None:
+    from bitwright.pipeline.calibrate import _require_same
+    from bitwright.pipeline.topology import BlockCall
+
+    a = [BlockCall((), {"mask": torch.zeros(3), "pair": (torch.ones(1), None)})]
+    same = [BlockCall((), {"mask": torch.zeros(3), "pair": (torch.ones(1), None)})]
+    _require_same(a, same)
+    for other in (
+        {"mask": torch.ones(3), "pair": (torch.ones(1), None)},
+        {"mask": torch.zeros(3), "pair": (torch.zeros(1), None)},
+        {"mask": torch.zeros(3)},
+    ):
+        with pytest.raises(UnsupportedModel, match="depends on the tokens"):
+            _require_same(a, [BlockCall((), other)])
+
+
+def test_reserving_more_than_the_disk_has_is_refused(tmp_path: Path) -> None:
+    import sys
+
+    if sys.platform != "linux":
+        pytest.skip("NOT TESTED: only Linux reserves disk blocks")
+    with pytest.raises(NoSpace, match="fewer samples"):
+        calibrate._reserve(tmp_path / "hidden", 1 << 60)
