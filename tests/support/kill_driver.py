@@ -121,4 +121,5 @@ def main() -> None:
     print(json.dumps(tally))
 
 
-main()
+if __name__ == "__main__":
+    main()
