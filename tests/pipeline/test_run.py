@@ -12,6 +12,7 @@ from support.models import VOCABULARY, distance, logits, make_model, reference_l
 import bitwright
 from bitwright.errors import BadRequest
 from bitwright.formats import get_format
+from bitwright.methods.compose import METHODS
 from bitwright.pipeline.checkpoint import open_checkpoint
 from bitwright.runtime.load import read_layer
 from bitwright.schemes.quantized import dequantize
@@ -163,6 +164,19 @@ def test_calibration_pays_on_its_own_text(llama: Path, text: Path, tmp_path: Pat
             tmp_path / method, reference=llama, text=str(text), windows=16, sequence_length=64
         ).kl_divergence
     assert divergence["gptq"] < 0.9 * divergence["rtn"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_a_model_that_runs(
+    method: str, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    report = bitwright.quantize(
+        llama, tmp_path / "out", scheme="W8A16", method=method, group_size=32,
+        calibration=str(text), samples=10, sequence_length=32,
+    )  # fmt: skip
+    assert [layer.fallback for layer in report.layers if layer.fallback] == []
+    loaded, _ = bitwright.load(tmp_path / "out")
+    assert distance(logits(loaded, TOKENS), reference_logits(llama, TOKENS)) < 0.06
 
 
 def test_the_measured_error_is_that_of_the_output(llama: Path, text: Path, tmp_path: Path) -> None:
