@@ -6,7 +6,8 @@ Rows are saved as they finish; a second run continues where the first one stoppe
     python benchmarks/quality.py --model REFERENCE --text test.txt --calibration valid.txt \
         --schemes W4A16 W4A16:asym W8A16 --methods rtn gptq awq+gptq best:balanced
 
-SCHEME is NAME[:asym][:gN], N a group size or -1; METHOD is NAME[:fast|:balanced|:best].
+SCHEME is NAME[:asym][:gN], N a group size or -1; METHOD is NAME[:fast|:balanced|:best],
+and rtn:calibrated is rtn with its scale search weighted by calibration statistics.
 Several calibration texts or sample counts are measured one by one.
 """
 
@@ -37,6 +38,7 @@ COLUMNS = (
 )
 UNQUANTIZED = "none"
 DATA_FREE = ("rtn", UNQUANTIZED)
+CALIBRATED = "calibrated"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Case:
                 words += ["--group-size", mark.removeprefix("g")]
             else:
                 raise SystemExit(f"{self.scheme}: {mark!r} is neither asym nor gN")
-        if effort:
+        if effort and effort != CALIBRATED:
             words += ["--effort", effort]
         if self.calibration is not None:
             words += ["--calibration", self.calibration, "--samples", str(self.samples)]
