@@ -30,6 +30,7 @@ CASES = {
     "group-symmetric": {"group_size": "auto"},
     "group-asymmetric": {"group_size": 32, "asymmetric": True},
     "channel-symmetric": {"group_size": -1},
+    "channel-asymmetric": {"group_size": -1, "asymmetric": True},
 }
 
 
