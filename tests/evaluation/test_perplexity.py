@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from support.fixtures import ModelFactory
-from support.models import ARCHITECTURES, VOCABULARY, logits, make_model, reference_logits
+from support.models import ARCHITECTURES, SCALED, VOCABULARY, logits, make_model, reference_logits
 
 import bitwright
 from bitwright.evaluation.perplexity import evaluate_model
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *SCALED])
 def test_measures_equal_the_plain_computation(
     architecture: str, model_of: ModelFactory, tmp_path: Path
 ) -> None:
@@ -69,15 +69,10 @@ def test_without_a_reference_there_is_no_divergence(llama: Path, text: Path) -> 
     assert calls == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
-def test_long_windows_are_scored_in_parts(llama: Path) -> None:
+def test_long_windows_are_scored_in_parts(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = bitwright.load(llama)
     window = torch.randint(VOCABULARY, (1, 256))
     whole = evaluate_model(model, window)
-    import bitwright.evaluation.perplexity as module
-
-    before, module.ROWS = module.ROWS, 7
-    try:
-        parts = evaluate_model(model, window)
-    finally:
-        module.ROWS = before
+    monkeypatch.setattr("bitwright.evaluation.perplexity.ROWS", 7)
+    parts = evaluate_model(model, window)
     assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-6)

@@ -47,6 +47,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+SCALED = {  # their logits are more than the output embedding of the hidden states
+    "granite": ("granite", _GATED | {"logits_scaling": 8.0}),
+    "cohere": ("cohere", _GATED | {"logit_scale": 0.25}),
+}
+
+
 def make_tokenizer(folder: Path) -> None:
     """A byte-level BPE tokenizer trained on a few sentences."""
     tokenizer = Tokenizer(models.BPE())
@@ -74,7 +80,7 @@ def make_model(
     **changes: Any,
 ) -> Path:
     """Save a random model and its tokenizer into ``folder``; returns it."""
-    kind, settings = ARCHITECTURES[architecture]
+    kind, settings = (ARCHITECTURES | SCALED)[architecture]
     torch.manual_seed(1)
     config = AutoConfig.for_model(kind, **(settings | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -39,20 +39,23 @@ def evaluate_model(
     a time, so memory holds hidden states of one window, not its logits.
     """
     start = time.perf_counter()
+    probe = windows_NT[0, :8]
+    score = _scorer(model, probe)
+    score_reference = _scorer(reference, probe) if reference is not None else None
     nll = reference_nll = divergence = agreement = 0.0
     count = 0
     for index, window in enumerate(windows_NT):
         progress(index, len(windows_NT))
-        hidden = _hidden(model, window)
-        reference_hidden = _hidden(reference, window) if reference is not None else None
+        logits = score(window[:-1])
+        reference_logits = score_reference(window[:-1]) if score_reference else None
         targets = window[1:]
         for first in range(0, len(targets), ROWS):
             rows = slice(first, min(first + ROWS, len(targets)))
             target = targets[rows, None]
-            log_p = log_softmax(_logits(model, hidden[rows]), -1)
+            log_p = log_softmax(logits(rows), -1)
             nll -= float(log_p.gather(1, target).sum(dtype=torch.float64))
-            if reference_hidden is not None:
-                log_r = log_softmax(_logits(reference, reference_hidden[rows]), -1)
+            if reference_logits is not None:
+                log_r = log_softmax(reference_logits(rows), -1)
                 reference_nll -= float(log_r.gather(1, target).sum(dtype=torch.float64))
                 agreement += float((log_p.argmax(-1) == log_r.argmax(-1)).sum())
                 divergence += float((log_r.exp() * (log_r - log_p)).sum(dtype=torch.float64))
@@ -70,9 +73,31 @@ def evaluate_model(
     )
 
 
-def _hidden(model: Any, window_T: Tensor) -> Tensor:
+def _scorer(model: Any, probe_T: Tensor) -> Callable[[Tensor], Callable[[slice], Tensor]]:
+    """Tokens -> (rows -> their logits), through the hidden states if that is all there is to it.
+
+    Some models scale or shift their logits; where a few tokens show it, the whole logits of a
+    window are kept instead.
+    """
+
+    def by_rows(tokens_T: Tensor) -> Callable[[slice], Tensor]:
+        hidden_TD = _hidden(model, tokens_T)
+        return lambda rows: _logits(model, hidden_TD[rows])
+
+    def whole(tokens_T: Tensor) -> Callable[[slice], Tensor]:
+        with torch.no_grad():
+            logits_TV: Tensor = model(input_ids=tokens_T[None], use_cache=False).logits[0]
+        return lambda rows: logits_TV[rows].float()
+
+    everything = slice(0, len(probe_T))
+    expected = whole(probe_T)(everything)
+    difference = (by_rows(probe_T)(everything) - expected).abs().amax()
+    return by_rows if difference <= 0.02 * expected.abs().amax() else whole
+
+
+def _hidden(model: Any, tokens_T: Tensor) -> Tensor:
     with torch.no_grad():
-        out = model.base_model(input_ids=window_T[None, :-1], use_cache=False)
+        out = model.base_model(input_ids=tokens_T[None], use_cache=False)
     hidden: Tensor = out.last_hidden_state[0]
     return hidden
 
