@@ -150,3 +150,18 @@ def test_minmax_ratio_narrows_both_ends() -> None:
     scale, low = minmax_scale(x, grid, ratio=0.5)
     assert (scale.item(), low.item()) == (4 / 15, -1.0)
     assert zero_point(low, scale, grid).item() == 4.0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_least_squares_refit_is_kept_only_where_it_helps(bits: int, symmetric: bool) -> None:
+    grid = IntGrid(bits, signed=symmetric)
+    x = torch.randn(400, 16, dtype=torch.float64)
+    ones = torch.ones(400, 16)
+    scale, zero = _candidates(x, grid, torch.bfloat16, symmetric)
+    best = _least_error_by_tensors(x, ones[:1], scale, zero, grid)[:, None]
+    without = _error(x, scale.gather(1, best), zero.gather(1, best), grid, ones)
+    chosen = choose_scale(x, grid, dtype=torch.bfloat16, symmetric=symmetric)
+    errors = _error(x, *chosen, grid, ones)
+    assert bool((errors <= without * (1 + 1e-9)).all())
+    assert errors.sum() < without.sum()
