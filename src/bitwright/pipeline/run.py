@@ -138,6 +138,7 @@ def quantize_block(
         dtype = compute_dtype(source)
         materialize(topology.model, {p: tensors[t] for p, t in names.items()}, dtype)
         stats = _statistics(topology, index, hidden)
+        return_freed_memory()
         original = dict(weights)
         exponents = _fold(topology, index, tensors, weights, stats, plan, hidden, solved)
         rewritten = {key for key in weights if weights[key] is not original[key]}
@@ -154,6 +155,7 @@ def quantize_block(
             for name, q, row in solve_layers(chosen, stat, plan, fold=fold):
                 report.layers.append(row)
                 solved.codes[name] = q
+            return_freed_memory()
     if hidden is not None:
         new = {p: solved.changed[t] for p, t in names.items() if t in solved.changed}
         for module in linears:
