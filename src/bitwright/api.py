@@ -34,9 +34,9 @@ from bitwright.schemes.scheme import Scheme, parse_scheme
 GroupSize = int | str
 
 EFFORTS: dict[str, dict[str, Any]] = {
-    "fast": {"steps": 60, "batch": 2},
-    "balanced": {"steps": 120, "batch": 2},
-    "best": {"steps": 800, "batch": 2, "check_every": 50},
+    "fast": {"steps": 30, "batch": 2, "check_every": 15},
+    "balanced": {"steps": 70, "batch": 2, "check_every": 35},
+    "best": {"steps": 600, "batch": 2, "check_every": 50},
 }
 
 

@@ -4,11 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.models import SCALED, make_model
 from support.problems import integer_spec
+from transformers import AutoModelForCausalLM
 
 from bitwright.api import prepare, quantize, resolve
+from bitwright.errors import UnsupportedModel
 from bitwright.methods.rtn import rtn
 from bitwright.methods.tune import TunedLinear, divergence_and_gradient
+from bitwright.pipeline.refine import output_factor
+from bitwright.pipeline.topology import discover
 from bitwright.runtime.load import format_of, read_layer
 from bitwright.schemes.quantized import dequantize
 
@@ -69,6 +74,27 @@ def test_tuning_keeps_codes_lowers_divergence_and_repeats(
         old, new = read_layer(before, fmt, name), read_layer(after, fmt, name)
         assert torch.equal(old.codes_OI, new.codes_OI)
         assert not torch.equal(old.scale_RG, new.scale_RG)
+
+
+@pytest.mark.parametrize("architecture", [*SCALED, "llama"])
+def test_the_output_factor_gives_the_model_s_own_logits(architecture: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", architecture)
+    source = resolve(folder)
+    factor = output_factor(discover(source), source)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.arange(20, 30)[None]
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=tokens).last_hidden_state
+        expected = model(input_ids=tokens).logits
+    torch.testing.assert_close(factor * model.get_output_embeddings()(hidden), expected)
+
+
+def test_soft_capped_logits_are_refused_before_any_work(tmp_path: Path, text: Path) -> None:
+    folder = make_model(tmp_path / "model", "gemma3", final_logit_softcapping=0.5)
+    with pytest.raises(UnsupportedModel, match="awq\\+gptq"):
+        quantize(folder, tmp_path / "out", method="best", calibration=str(text), samples=4,
+                 sequence_length=32)  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_best_is_a_fold_a_solver_and_tuning(llama: Path, text: Path) -> None:

@@ -38,7 +38,7 @@ from bitwright.methods.rtn import choose_scales
 from bitwright.numerics.compiled import solve_columns
 from bitwright.numerics.grids import IntGrid
 from bitwright.numerics.groups import expand, scale_shape, sides
-from bitwright.numerics.linalg import damped, inverse_cholesky_upper
+from bitwright.numerics.linalg import damped, inverse_cholesky_upper, without_dead
 from bitwright.numerics.rounding import encode
 from bitwright.numerics.scales import Search, project
 from bitwright.schemes.quantized import QuantizedLinear, assemble
@@ -73,7 +73,7 @@ def gptq(
     """
     if spec.group[0] != 1 and spec.group != (-1, -1):
         raise BadShape("gptq solves rows independently: scales may not be 2-D blocks")
-    hessian_II, weight_OI, dead_I = _without_dead(stats.hessian_II.to(weight_OI.dtype), weight_OI)
+    hessian_II, weight_OI, dead_I = without_dead(stats.hessian_II.to(weight_OI.dtype), weight_OI)
     importance_I = hessian_II.diagonal().clone()
     shape = (weight_OI.shape[0], weight_OI.shape[1])
     width = sides(shape, spec.group)[1]
@@ -109,16 +109,6 @@ def gptq(
     if bool(dead_I.any()):
         codes_OI[:, dead_I] = _zero_codes(scale_RG, zero_RG, shape, spec)[:, dead_I]
     return assemble(codes_OI, spec, scale_RG, zero_RG)
-
-
-def _without_dead(hessian_II: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs that were always zero: their weights become zero and leave the others alone."""
-    dead_I = hessian_II.diagonal() == 0
-    if bool(dead_I.any()):
-        hessian_II, weight_OI = hessian_II.clone(), weight_OI.clone()
-        hessian_II[dead_I, dead_I] = hessian_II.diagonal().mean().clamp(min=1e-8)
-        weight_OI[:, dead_I] = 0
-    return hessian_II, weight_OI, dead_I
 
 
 def _rescale(

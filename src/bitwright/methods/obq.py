@@ -26,12 +26,11 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BadShape, NotPositiveDefinite
-from bitwright.methods.gptq import _without_dead
 from bitwright.methods.rtn import choose_scales
 from bitwright.numerics.compiled_obq import solve_rows
 from bitwright.numerics.grids import Grid, IntGrid, finite_magnitudes
 from bitwright.numerics.groups import expand
-from bitwright.numerics.linalg import damped, inverse_cholesky_upper
+from bitwright.numerics.linalg import damped, inverse_cholesky_upper, without_dead
 from bitwright.numerics.rounding import encode
 from bitwright.numerics.scales import Search
 from bitwright.schemes.quantized import QuantizedLinear, assemble
@@ -82,7 +81,7 @@ def obq(
             f"a hessian of {tuple(stats.hessian_II.shape)} for {weight_OI.shape[1]} inputs"
         )
     shape = (weight_OI.shape[0], weight_OI.shape[1])
-    hessian_II, weight_OI, _ = _without_dead(stats.hessian_II.to(weight_OI.dtype), weight_OI)
+    hessian_II, weight_OI, _ = without_dead(stats.hessian_II.to(weight_OI.dtype), weight_OI)
     scale_RG, zero_RG = choose_scales(
         weight_OI, spec, search=search, importance_I=hessian_II.diagonal()
     )

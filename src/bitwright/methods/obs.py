@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BadRequest, BadShape, NotPositiveDefinite
-from bitwright.methods.gptq import _without_dead
-from bitwright.numerics.linalg import damped, inverse_cholesky_upper
+from bitwright.numerics.linalg import damped, inverse_cholesky_upper, without_dead
 from bitwright.schemes.stats import InputStats
 
 
@@ -114,7 +113,7 @@ def prune(
     if not 0 <= zeros <= width:
         raise BadRequest(f"cannot make {zeros} of {width} weights per row zero")
     _check(weight_OI, stats.hessian_II)
-    hessian_II, work_OI, _ = _without_dead(stats.hessian_II.double(), weight_OI.double())
+    hessian_II, work_OI, _ = without_dead(stats.hessian_II.double(), weight_OI.double())
     upper_II = inverse_cholesky_upper(damped(hessian_II, damp))
     start_II = upper_II.T @ upper_II
     out_OI = torch.empty_like(work_OI)

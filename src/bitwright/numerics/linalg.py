@@ -13,6 +13,20 @@ def damped(hessian_II: Tensor, damp: float) -> Tensor:
     return out
 
 
+def without_dead(hessian_II: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(hessian, weight, dead): inputs that were always zero get zero weights, others are kept.
+
+    ``dead``: bool (I,). A dead input's diagonal becomes the mean one, so that the hessian can be
+    factored. The arguments are left unmodified.
+    """
+    dead_I = hessian_II.diagonal() == 0
+    if bool(dead_I.any()):
+        hessian_II, weight_OI = hessian_II.clone(), weight_OI.clone()
+        hessian_II[dead_I, dead_I] = hessian_II.diagonal().mean().clamp(min=1e-8)
+        weight_OI[:, dead_I] = 0
+    return hessian_II, weight_OI, dead_I
+
+
 def inverse_cholesky_upper(matrix_II: Tensor) -> Tensor:
     """Upper U with inverse(matrix) = Uᵀ U, float32 or float64 as given.
 

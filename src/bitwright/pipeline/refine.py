@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from bitwright.errors import UnsupportedModel
 from bitwright.methods.tune import TunedLinear, divergence_and_gradient
 from bitwright.pipeline.calibrate import HiddenStates, advance
 from bitwright.pipeline.checkpoint import Checkpoint
@@ -85,6 +87,35 @@ def original_outputs(
     return out
 
 
+@torch.no_grad()
+def output_factor(topology: Topology, source: Checkpoint) -> float:
+    """The number c with logits = c * (last hidden state) Wᵀ, W being the output embedding.
+
+    Raises UnsupportedModel where logits are more than that (soft-capped, biased): tuning
+    computes them a few rows at a time from W alone.
+    """
+    outside = topology.outside()
+    tensors = source.read(outside.values(), mapped=True)
+    materialize(topology.model, {p: tensors[t] for p, t in outside.items()}, compute_dtype(source))
+    topology.model.tie_weights()  # type: ignore[operator]
+    tokens_BT = torch.arange(16)[None]
+    embedded = topology.model.get_input_embeddings()(tokens_BT)  # type: ignore[operator]
+    with _blocks_return(topology, embedded):
+        logits = topology.model(input_ids=tokens_BT, use_cache=False).logits[0].float()
+        hidden = topology.model.base_model(  # type: ignore[operator]
+            input_ids=tokens_BT, use_cache=False
+        ).last_hidden_state[0]
+    weight = topology.model.get_output_embeddings().weight  # type: ignore[operator]
+    plain = linear(hidden, weight).float()
+    factor = float((plain * logits).sum() / plain.square().sum())
+    if not (logits - factor * plain).abs().amax() <= 0.02 * logits.abs().amax():
+        raise UnsupportedModel(
+            f"{type(topology.model).__name__} does more to its logits than scale them, which "
+            "tuning does not support: choose a method without tuning, such as awq+gptq"
+        )
+    return factor
+
+
 def refine(
     source: Checkpoint,
     topology: Topology,
@@ -94,12 +125,14 @@ def refine(
     effort: Effort,
     folder: Path,
     *,
+    factor: float,
     seed: int,
     say: Say,
 ) -> tuple[dict[str, QuantizedLinear], Refinement]:
     """``solved`` with better scales; codes and zero points stay as they are.
 
-    ``changed``: tensors that folding rewrote, by checkpoint name. The whole quantized model is
+    ``changed``: tensors that folding rewrote, by checkpoint name. ``factor``: see
+    `output_factor`. The whole quantized model is
     in memory, codes at a byte per weight; activations are kept for one sample.
     """
     targets_NTD = original_outputs(source, topology, tokens_NT, folder)
@@ -116,9 +149,11 @@ def refine(
         with torch.set_grad_enabled(learn is not None):
             out = topology.model.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
         hidden = out.last_hidden_state[0]
-        total, gradient = divergence_and_gradient(hidden.detach(), target, output_VD)
+        total, gradient = divergence_and_gradient(
+            hidden.detach() * factor, target * factor, output_VD
+        )
         if learn is not None:
-            hidden.backward(gradient * (learn / len(target)))
+            hidden.backward(gradient * (factor * learn / len(target)))
         return total / len(target)
 
     def judge() -> float:
@@ -171,10 +206,10 @@ def _assemble(
     topology.model.tie_weights()  # type: ignore[operator]
     layers: dict[str, TunedLinear] = {}
     for block in topology.linears:
-        for module_name, linear in block.items():
+        for module_name, module in block.items():
             name = layer_name(topology, module_name)
             if name in solved:
-                layers[name] = TunedLinear(solved[name], linear.bias, dtype)
+                layers[name] = TunedLinear(solved[name], module.bias, dtype)
                 owner, _, leaf = module_name.rpartition(".")
                 setattr(topology.model.get_submodule(owner), leaf, layers[name])
     output = topology.model.get_output_embeddings()  # type: ignore[operator]

@@ -1,7 +1,7 @@
 """The whole story: a checkpoint in, a quantized checkpoint out, one block at a time."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from bitwright.methods.compose import parse_method
 from bitwright.pipeline.calibrate import HiddenStates, advance, collect
 from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, folder_bytes, require_space
 from bitwright.pipeline.folds import apply_fold, find_folds
-from bitwright.pipeline.inputs import shared_inputs
+from bitwright.pipeline.inputs import SharedInput, shared_inputs
 from bitwright.pipeline.memory import peak_rss_bytes, return_freed_memory
-from bitwright.pipeline.refine import Effort, refine
+from bitwright.pipeline.refine import Effort, output_factor, refine
 from bitwright.pipeline.report import Report
 from bitwright.pipeline.solve import choose_input_scale, solve_layers
 from bitwright.pipeline.topology import (
@@ -69,6 +69,7 @@ def quantize_checkpoint(
         load_outside(topology, source)
         with torch.no_grad():
             run_until_blocks(topology, torch.arange(8)[None])
+        factor = output_factor(topology, source) if tune else 1.0
         hidden = None
         if tokens_NT is not None:
             hidden = HiddenStates(topology, tokens_NT, writer.scratch / "hidden-states.bin")
@@ -90,7 +91,9 @@ def quantize_checkpoint(
             hidden.close()
         if tune:
             assert tokens_NT is not None
-            waiting = _tuned(source, topology, plan, waiting, tokens_NT, writer, report, progress)
+            waiting = _tuned(
+                source, topology, plan, waiting, tokens_NT, factor, writer, report, progress
+            )
             for index, solved in enumerate(waiting):
                 tensors = source.read(topology.block_tensors(index).values())
                 writer.write_shard(_encoded(solved, tensors, fmt))
@@ -137,10 +140,12 @@ def quantize_block(
         names = topology.block_tensors(index)
         dtype = compute_dtype(source)
         materialize(topology.model, {p: tensors[t] for p, t in names.items()}, dtype)
-        stats = _statistics(topology, index, hidden)
+        _, first, call = next(hidden.batches(index))
+        shared = shared_inputs(topology.block(index), linears, first, call)
+        stats = _statistics(topology, index, hidden, shared)
         return_freed_memory()
         original = dict(weights)
-        exponents = _fold(topology, index, tensors, weights, stats, plan, hidden, solved)
+        exponents = _fold(topology, index, tensors, weights, stats, plan, hidden, shared, solved)
         rewritten = {key for key in weights if weights[key] is not original[key]}
     for together in _solved_together(linears, stats):
         chosen = {}
@@ -179,12 +184,11 @@ def _solved_together(
     return list(groups.values())
 
 
-def _statistics(topology: Topology, index: int, hidden: HiddenStates) -> dict[str, InputStats]:
+def _statistics(
+    topology: Topology, index: int, hidden: HiddenStates, shared: Sequence[SharedInput]
+) -> dict[str, InputStats]:
     """Module name -> statistics of its input; Linears of one input share one value."""
-    block, linears = topology.block(index), topology.linears[index]
-    _, first, call = next(hidden.batches(index))
-    shared = shared_inputs(block, linears, first, call)
-    by_input = collect(block, linears, shared, hidden, index)
+    by_input = collect(topology.block(index), topology.linears[index], shared, hidden, index)
     return {name: by_input[group] for group in shared for name in group.names}
 
 
@@ -196,6 +200,7 @@ def _fold(
     stats: dict[str, InputStats],
     plan: Plan,
     hidden: HiddenStates,
+    shared: Sequence[SharedInput],
     solved: SolvedBlock,
 ) -> dict[str, float]:
     """Search and apply input scales; weights, stats and solved are updated. Exponent by module."""
@@ -204,7 +209,6 @@ def _fold(
         return {}
     block, linears = topology.block(index), topology.linears[index]
     _, first, call = next(hidden.batches(index))
-    shared = shared_inputs(block, linears, first, call)
     keys = {**topology.block_tensors(index)}
     prefix = topology.block_names[index] + "."
     keys |= {p.removeprefix(prefix): t for p, t in keys.items()}
@@ -235,6 +239,7 @@ def _tuned(
     plan: Plan,
     blocks: list[SolvedBlock],
     tokens_NT: Tensor,
+    factor: float,
     writer: CheckpointWriter,
     report: Report,
     progress: Progress,
@@ -244,7 +249,7 @@ def _tuned(
     effort = Effort(**plan.options["tune"])
     better, outcome = refine(
         source, topology, codes, changed, tokens_NT, effort, writer.scratch,
-        seed=plan.seed, say=progress,
+        factor=factor, seed=plan.seed, say=progress,
     )  # fmt: skip
     report.refinement = vars(outcome)
     return [
