@@ -157,7 +157,7 @@ def prepare(
         for name, shape in shapes.items()
     ]
     for name, shape in kept.items():
-        fmt.check(name, shape, parsed.weight)
+        fmt.check(name, shape, parsed)
     layers += _outside(topology)
     if calibration is None and chosen.needs_calibration:
         calibration = "pydoc"

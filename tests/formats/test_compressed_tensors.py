@@ -116,11 +116,11 @@ def test_scales_that_do_not_fit_are_refused() -> None:
 
 def test_what_cannot_be_stored_is_refused_by_name() -> None:
     with pytest.raises(BadShape, match=f"{NAME}.*group size 48"):
-        FORMAT.check(NAME, (8, 64), Spec(IntGrid(4), (1, 48)))
+        FORMAT.check(NAME, (8, 64), Scheme(Spec(IntGrid(4), (1, 48))))
     for spec in (Spec(IntGrid(4), (2, 8)), Spec(E4M3, (1, 8))):
         with pytest.raises(BadRequest, match=NAME):
-            FORMAT.check(NAME, (8, 64), spec)
-    FORMAT.check(NAME, (8, 64), Spec(IntGrid(4), (1, 32)))
+            FORMAT.check(NAME, (8, 64), Scheme(spec))
+    FORMAT.check(NAME, (8, 64), Scheme(Spec(IntGrid(4), (1, 32))))
 
 
 def test_an_unknown_format_lists_the_known_ones() -> None:

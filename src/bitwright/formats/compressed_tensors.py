@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BadCheckpoint, BadRequest, BadShape
+from bitwright.formats.ct_arguments import spec_of
 from bitwright.formats.packing import pack, unpack
 from bitwright.numerics.grids import IntGrid
 from bitwright.numerics.groups import PER_CHANNEL, Group, per_group, scale_shape
-from bitwright.schemes.quantized import QuantizedLinear
+from bitwright.schemes.quantized import CacheScales, QuantizedLinear
 from bitwright.schemes.scheme import Scheme, Spec
 
 _PACKED = ".weight_packed"
@@ -29,8 +30,9 @@ class CompressedTensors:
 
     name = "compressed-tensors"
 
-    def check(self, name: str, shape: tuple[int, int], spec: Spec) -> None:
+    def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
         """Integer weights in one-row groups that divide the input width."""
+        spec = scheme.weight
         if not isinstance(spec.grid, IntGrid) or spec.group[0] != 1:
             raise BadRequest(f"{name}: compressed-tensors output is written for W2-W8 integers")
         try:
@@ -85,6 +87,25 @@ class CompressedTensors:
             zero_point_RG=None if packed_zero is None else unpack(packed_zero, bits, rows, dim=0),
             bias_O=tensors.get(f"{name}.bias"),
         )
+
+    def encode_cache(self, attention: str, scales: CacheScales) -> dict[str, Tensor]:
+        """``attention.k_scale`` and ``v_scale``, (1,) or (H, 1, 1)."""
+        return {
+            f"{attention}.{letter}_scale": scale if len(scale) == 1 else scale[:, None, None]
+            for letter, scale in (("k", scales.key), ("v", scales.value))
+        }
+
+    def decode_cache(self, attention: str, tensors: Mapping[str, Tensor]) -> CacheScales | None:
+        """Scales written by `encode_cache`."""
+        key, value = (tensors.get(f"{attention}.{letter}_scale") for letter in "kv")
+        if key is None or value is None:
+            return None
+        return CacheScales(key.float().reshape(-1), value.float().reshape(-1))
+
+    def cache_spec(self, config: Mapping[str, Any]) -> Spec | None:
+        """From ``kv_cache_scheme``."""
+        parsed = _parse(json.dumps(config, sort_keys=True))
+        return None if parsed.kv_cache_scheme is None else spec_of(parsed.kv_cache_scheme)
 
     def quantized_names(self, tensor_names: set[str]) -> set[str]:
         """Layers that have packed weights."""

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from bitwright.schemes.quantized import QuantizedLinear
+from bitwright.schemes.quantized import CacheScales, QuantizedLinear
 from bitwright.schemes.scheme import Scheme, Spec
 
 
@@ -17,7 +17,7 @@ class Format(Protocol):
         """What `--format` calls it."""
         ...
 
-    def check(self, name: str, shape: tuple[int, int], spec: Spec) -> None:
+    def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
         """Raises BadRequest or BadShape if a layer of this shape cannot be stored."""
         ...
 
@@ -29,6 +29,18 @@ class Format(Protocol):
         self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> QuantizedLinear:
         """Inverse of `encode`; ``config`` is the one `config` wrote."""
+        ...
+
+    def encode_cache(self, attention: str, scales: CacheScales) -> dict[str, Tensor]:
+        """The tensors of an attention's key and value scales; ``attention`` is its full name."""
+        ...
+
+    def decode_cache(self, attention: str, tensors: Mapping[str, Tensor]) -> CacheScales | None:
+        """Inverse of `encode_cache`; None if there are no scales."""
+        ...
+
+    def cache_spec(self, config: Mapping[str, Any]) -> Spec | None:
+        """How keys and values are stored, from what `config` wrote; None for 16 bits."""
         ...
 
     def quantized_names(self, tensor_names: set[str]) -> set[str]:

@@ -18,6 +18,8 @@ class QuantizedLinear:
     precision it is stored in. ``zero_point_RG``: uint8 integers of the grid, None if symmetric.
     ``global_scale``: float32 scalar of two-level specs. ``group_of_column_I``: int64, only when
     columns of one group are not neighbours. ``bias_O`` is carried, never quantized.
+    ``input_spec``: how the layer's input is rounded, None for 16 bits; ``input_scale``: float32
+    (1,), the calibrated scale of static input specs (of two-level ones, their global scale).
     """
 
     codes_OI: Tensor
@@ -27,6 +29,8 @@ class QuantizedLinear:
     global_scale: Tensor | None = None
     group_of_column_I: Tensor | None = None
     bias_O: Tensor | None = None
+    input_spec: Spec | None = None
+    input_scale: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -49,6 +53,14 @@ class QuantizedLinear:
             zero_point_RG=None if zero is None else zero[part],
             bias_O=None if bias is None else bias[part],
         )
+
+
+@dataclass(frozen=True, eq=False)
+class CacheScales:
+    """Calibrated scales of one attention's keys and values: float32, (1,) or one per head (H,)."""
+
+    key: Tensor
+    value: Tensor
 
 
 def dequantize(q: QuantizedLinear, dtype: torch.dtype = torch.float32) -> Tensor:
