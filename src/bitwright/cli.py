@@ -41,10 +41,22 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tabl
 def quantize(
     model: Model,
     out: Annotated[str, typer.Argument(help="Folder to write.")],
-    scheme: Annotated[str, typer.Option(help="W4A16, W8A16, ...")] = "W4A16",
+    scheme: Annotated[str, typer.Option(help="W4A16, W8A8-FP8, W8A8-INT8, NVFP4, ...")] = "W4A16",
     method: Annotated[str, typer.Option(help="How codes are chosen.")] = "rtn",
     group_size: Annotated[str, typer.Option(help="auto, a number, or -1 per channel.")] = "auto",
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Use zero points.")] = False,
+    activations: Annotated[
+        str | None, typer.Option(help="Scales of low-bit activations: dynamic or static.")
+    ] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="Scales of 8-bit weights: tensor, channel or block.")
+    ] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option(help="Keys and values as none, fp8, int8 or int4.")
+    ] = None,
+    input_range: Annotated[
+        str, typer.Option(help="Of static scales: absmax, percentile, mse, moving-average.")
+    ] = "absmax",
     format: Annotated[str, typer.Option(help="On-disk format.")] = "compressed-tensors",
     calibration: Annotated[
         str | None, typer.Option(help="A .txt or .jsonl file, pydoc, self, or a hub dataset id.")
@@ -86,6 +98,10 @@ def quantize(
         method=method,
         group_size=group_size,
         asymmetric=asymmetric,
+        activations=activations,
+        granularity=granularity,
+        kv_cache=kv_cache,
+        input_range=input_range,
         format=format,
         calibration=calibration,
         samples=samples,

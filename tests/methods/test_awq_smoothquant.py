@@ -1,14 +1,19 @@
 """Input scales: what they are, and that the chosen one is worth folding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.problems import integer_spec, stats_of
 
-from bitwright.methods.awq import awq_scale, channel_scale, scaled_error, scaled_stats
+from bitwright.methods.awq import awq_scale, channel_scale, scaled_error
 from bitwright.methods.smoothquant import smooth_scale, smoothquant_scale
-from bitwright.schemes.stats import InputStats
+from bitwright.numerics.grids import IntGrid
+from bitwright.numerics.groups import PER_TENSOR
+from bitwright.schemes.scheme import Spec
+from bitwright.schemes.stats import InputStats, scaled_stats
 
 SPEC = integer_spec(3, 16)
 
@@ -77,10 +82,15 @@ def test_smoothquant_follows_its_formula(strength: float) -> None:
     torch.testing.assert_close(ratio, ratio[:1].expand(64), rtol=1e-4, atol=0)
 
 
+STATIC_INT8 = Spec(IntGrid(8), PER_TENSOR, scale=torch.float32)
+
+
 def test_smoothing_reduces_the_error_of_eight_bit_inputs() -> None:
     weights, stats, x_TI = outlier_layer(2)
     spec = integer_spec(8)
-    chosen = smoothquant_scale(weights, stats, spec)
+    chosen = smoothquant_scale(
+        weights, replace(stats, sample_TI=x_TI), spec, input_spec=STATIC_INT8
+    )
     assert chosen.error < chosen.error_before
 
     def error(scale_I: torch.Tensor) -> float:

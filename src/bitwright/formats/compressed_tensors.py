@@ -1,9 +1,18 @@
 """compressed-tensors, the format of llm-compressor, vLLM and SGLang.
 
-``pack-quantized`` stores, per Linear: ``weight_packed`` int32 (O, ceil(I*b/32)), codes offset
-by 2^(b-1); ``weight_scale`` (O, G); ``weight_shape`` int64 [O, I]; and, if asymmetric,
-``weight_zero_point`` int32 (ceil(O*b/32), G), packed along O. The config entry is written and
-read by the compressed-tensors package itself.
+A Linear is stored in one of these layouts, chosen by its scheme; the config entry is written and
+read by the compressed-tensors package itself:
+
+| layout | weight | scale |
+|---|---|---|
+| pack-quantized | ``weight_packed`` int32, codes offset by 2^(b-1), ``weight_shape`` | (O, G) |
+| int-quantized | ``weight`` int8 | (O, G) |
+| float-quantized | ``weight`` float8 | (1,), (O, 1) or one per block |
+| nvfp4-pack-quantized | ``weight_packed`` uint8, low nibble first | (O, I/16) float8 |
+| mxfp4-pack-quantized | ``weight_packed`` uint8, low nibble first | (O, I/32) uint8 exponents |
+| mxfp8-quantized | ``weight`` float8 | (O, I/32) uint8 exponents |
+
+Scales multiply, except ``weight_global_scale`` and ``input_global_scale`` of NVFP4, which divide.
 """
 
 import json
@@ -15,14 +24,16 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BadCheckpoint, BadRequest, BadShape
-from bitwright.formats.ct_arguments import spec_of
-from bitwright.formats.packing import pack, unpack
-from bitwright.numerics.grids import IntGrid
-from bitwright.numerics.groups import PER_CHANNEL, Group, per_group, scale_shape
+from bitwright.formats.ct_arguments import arguments_of, spec_of
+from bitwright.formats.packing import pack, pack_nibbles, unpack, unpack_nibbles
+from bitwright.numerics.grids import E2M1, E4M3, E8M0, IntGrid
+from bitwright.numerics.groups import PER_TENSOR, scale_shape
+from bitwright.schemes.inputs import needs_calibrated_scale
 from bitwright.schemes.quantized import CacheScales, QuantizedLinear
 from bitwright.schemes.scheme import Scheme, Spec
 
 _PACKED = ".weight_packed"
+_SCALE = ".weight_scale"
 
 
 class CompressedTensors:
@@ -31,25 +42,42 @@ class CompressedTensors:
     name = "compressed-tensors"
 
     def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
-        """Integer weights in one-row groups that divide the input width."""
-        spec = scheme.weight
-        if not isinstance(spec.grid, IntGrid) or spec.group[0] != 1:
-            raise BadRequest(f"{name}: compressed-tensors output is written for W2-W8 integers")
+        """There must be a layout, and groups must divide the input width."""
         try:
-            scale_shape(shape, spec.group)
-        except BadShape as error:
-            raise BadShape(f"{name}: {error}") from error
+            layout_of(scheme)
+            scale_shape(shape, scheme.weight.group)
+            if scheme.input is not None and scheme.input.group[1] > 0:
+                scale_shape((1, shape[1]), scheme.input.group)
+        except (BadShape, BadRequest) as error:
+            raise type(error)(f"{name}: {error}") from error
 
     def encode(self, name: str, q: QuantizedLinear) -> dict[str, Tensor]:
-        """``name.weight_packed``, ``weight_scale``, ``weight_shape`` (``weight_zero_point``)."""
-        bits = q.spec.grid.bits
-        tensors = {
-            f"{name}{_PACKED}": pack(q.codes_OI, bits),
-            f"{name}.weight_scale": q.scale_RG,
-            f"{name}.weight_shape": torch.tensor(q.shape, dtype=torch.int64),
-        }
+        """The tensors of one layer, see the table above."""
+        layout = layout_of(Scheme(q.spec, q.input_spec))
+        scale = q.scale_RG
+        if q.spec.scale == E8M0:
+            scale = scale.view(torch.uint8)
+        elif q.spec.group == PER_TENSOR:
+            scale = scale.reshape(1)
+        tensors = {f"{name}{_SCALE}": scale}
+        if layout == "pack-quantized":
+            tensors[f"{name}{_PACKED}"] = pack(q.codes_OI, q.spec.grid.bits)
+            tensors[f"{name}.weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
+        elif q.spec.grid == E2M1:
+            tensors[f"{name}{_PACKED}"] = pack_nibbles(q.codes_OI)
+        elif isinstance(q.spec.grid, IntGrid):
+            signed = q.codes_OI.to(torch.int16) + q.spec.grid.lowest
+            tensors[f"{name}.weight"] = signed.to(torch.int8)
+        else:
+            tensors[f"{name}.weight"] = q.codes_OI.view(torch.float8_e4m3fn)
+        if q.global_scale is not None:
+            tensors[f"{name}.weight_global_scale"] = (1 / q.global_scale).reshape(1)
         if q.zero_point_RG is not None:
-            tensors[f"{name}.weight_zero_point"] = pack(q.zero_point_RG, bits, dim=0)
+            tensors[f"{name}.weight_zero_point"] = pack(q.zero_point_RG, q.spec.grid.bits, dim=0)
+        if q.input_scale is not None and q.input_spec is not None:
+            two = q.input_spec.two_level
+            key = "input_global_scale" if two else "input_scale"
+            tensors[f"{name}.{key}"] = 1 / q.input_scale if two else q.input_scale
         if q.bias_O is not None:
             tensors[f"{name}.bias"] = q.bias_O
         return tensors
@@ -58,34 +86,43 @@ class CompressedTensors:
         self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> QuantizedLinear:
         """Read one layer back. Raises BadCheckpoint if a tensor is missing or misshapen."""
-        weights = _weights_of(name, config)
-        bits = int(weights.num_bits)
+        group = _group_of(name, config)
         try:
-            packed, scale = tensors[f"{name}{_PACKED}"], tensors[f"{name}.weight_scale"]
-            rows, cols = (int(side) for side in tensors[f"{name}.weight_shape"])
-            packed_zero = None if weights.symmetric else tensors[f"{name}.weight_zero_point"]
+            scale = tensors[f"{name}{_SCALE}"]
+            spec = spec_of(group.weights, scale.dtype)
+            inputs = None
+            if group.input_activations is not None:
+                inputs = spec_of(group.input_activations, torch.float32)
+            codes = _codes(name, tensors, spec, layout_of(Scheme(spec, inputs)))
+            zero = tensors[f"{name}.weight_zero_point"] if spec.asymmetric else None
+            overall = tensors[f"{name}.weight_global_scale"] if spec.two_level else None
+            input_scale = None
+            if inputs is not None and needs_calibrated_scale(inputs):
+                key = "input_global_scale" if inputs.two_level else "input_scale"
+                stored = tensors[f"{name}.{key}"].float().reshape(1)
+                input_scale = 1 / stored if inputs.two_level else stored
         except KeyError as error:
             raise BadCheckpoint(f"layer {name} lacks its tensor {error}") from None
-        group: Group = per_group(int(weights.group_size)) if weights.group_size else PER_CHANNEL
-        if weights.group_size == -1:
-            group = PER_CHANNEL
-        if tuple(scale.shape) != scale_shape((rows, cols), group):
+        except BadRequest as error:
+            raise BadCheckpoint(f"layer {name}: {error}") from error
+        rows, cols = codes.shape
+        expected = _scale_shape(name, (rows, cols), spec)
+        if scale.numel() != expected[0] * expected[1]:
             raise BadCheckpoint(
-                f"layer {name}: {scale.shape[1]} scales per row do not fit group size "
-                f"{weights.group_size} of width {cols}"
+                f"layer {name}: scales {list(scale.shape)} do not fit a weight of "
+                f"{rows} x {cols} in groups of {spec.group}"
             )
-        spec = Spec(
-            IntGrid(bits, signed=bool(weights.symmetric)),
-            group,
-            scale=scale.dtype,
-            asymmetric=not weights.symmetric,
-        )
+        if spec.scale == E8M0:
+            scale = scale.view(torch.float8_e8m0fnu)
         return QuantizedLinear(
-            codes_OI=unpack(packed, bits, cols),
-            scale_RG=scale,
+            codes_OI=codes,
+            scale_RG=scale.reshape(expected),
             spec=spec,
-            zero_point_RG=None if packed_zero is None else unpack(packed_zero, bits, rows, dim=0),
+            zero_point_RG=None if zero is None else unpack(zero, spec.grid.bits, rows, dim=0),
+            global_scale=None if overall is None else 1 / overall.float().reshape(()),
             bias_O=tensors.get(f"{name}.bias"),
+            input_spec=inputs,
+            input_scale=input_scale,
         )
 
     def encode_cache(self, attention: str, scales: CacheScales) -> dict[str, Tensor]:
@@ -105,11 +142,13 @@ class CompressedTensors:
     def cache_spec(self, config: Mapping[str, Any]) -> Spec | None:
         """From ``kv_cache_scheme``."""
         parsed = _parse(json.dumps(config, sort_keys=True))
-        return None if parsed.kv_cache_scheme is None else spec_of(parsed.kv_cache_scheme)
+        if parsed.kv_cache_scheme is None:
+            return None
+        return spec_of(parsed.kv_cache_scheme, torch.float32)
 
     def quantized_names(self, tensor_names: set[str]) -> set[str]:
-        """Layers that have packed weights."""
-        return {name.removesuffix(_PACKED) for name in tensor_names if name.endswith(_PACKED)}
+        """Layers that have weight scales."""
+        return {name.removesuffix(_SCALE) for name in tensor_names if name.endswith(_SCALE)}
 
     def config(self, layers: Mapping[str, Scheme], ignored: list[str]) -> dict[str, Any]:
         """One group for all layers of a scheme; with several schemes, targets by name."""
@@ -117,17 +156,20 @@ class CompressedTensors:
 
         groups = {}
         schemes = list(dict.fromkeys(layers.values()))
-        for index, scheme in enumerate(schemes):
+        layouts = [layout_of(scheme) for scheme in schemes]
+        for index, (scheme, layout) in enumerate(zip(schemes, layouts, strict=True)):
             names = sorted(name for name, other in layers.items() if other == scheme)
+            inputs = None if scheme.input is None else arguments_of(scheme.input, activation=True)
             groups[f"group_{index}"] = QuantizationScheme(
                 targets=["Linear"] if len(schemes) == 1 else names,
-                weights=_weight_args(scheme.weight),
-                format="pack-quantized",
+                weights=arguments_of(scheme.weight),
+                input_activations=inputs,
+                format=layout,
             )
         config = QuantizationConfig(
             config_groups=groups,
             ignore=ignored,
-            format="pack-quantized",
+            format=layouts[0] if len(set(layouts)) == 1 else "mixed-precision",
             quantization_status="compressed",
         )
         out: dict[str, Any] = config.to_dict()
@@ -138,31 +180,60 @@ class CompressedTensors:
         return out
 
 
-def _weight_args(spec: Spec) -> Any:
-    from compressed_tensors.quantization import QuantizationArgs
+def layout_of(scheme: Scheme) -> str:
+    """Which of the layouts above holds a scheme. Raises BadRequest if none does."""
+    weight, inputs = scheme.weight, scheme.input
+    if weight.grid == E2M1 and weight.two_level:
+        return "nvfp4-pack-quantized"
+    if weight.grid == E2M1 and weight.group == (1, 32):
+        return "mxfp4-pack-quantized"
+    if weight.grid == E4M3:
+        if weight.scale == E8M0:
+            return "mxfp8-quantized"
+        if inputs is not None and (weight.group[0] != 1 or weight.group[1] == -1):
+            return "float-quantized"
+    if isinstance(weight.grid, IntGrid) and weight.group[0] in (1, -1):
+        if inputs is None or not isinstance(inputs.grid, IntGrid):
+            if weight.group[0] == 1:
+                return "pack-quantized"
+        elif not weight.asymmetric:
+            return "int-quantized"
+    raise BadRequest(f"compressed-tensors has no layout for {scheme.name} with this granularity")
 
-    channel = spec.group == PER_CHANNEL
-    return QuantizationArgs(
-        num_bits=spec.grid.bits,
-        type="int",
-        symmetric=not spec.asymmetric,
-        strategy="channel" if channel else "group",
-        group_size=None if channel else spec.group[1],
-        dynamic=False,
-    )
+
+def _codes(name: str, tensors: Mapping[str, Tensor], spec: Spec, layout: str) -> Tensor:
+    """uint8 (O, I)."""
+    if layout == "pack-quantized":
+        cols = int(tensors[f"{name}.weight_shape"][1])
+        return unpack(tensors[f"{name}{_PACKED}"], spec.grid.bits, cols)
+    if spec.grid == E2M1:
+        return unpack_nibbles(tensors[f"{name}{_PACKED}"])
+    weight = tensors[f"{name}.weight"]
+    if weight.dtype == torch.int8 and isinstance(spec.grid, IntGrid):
+        return (weight.to(torch.int16) - spec.grid.lowest).to(torch.uint8)
+    if weight.dtype == torch.float8_e4m3fn and spec.grid == E4M3:
+        return weight.view(torch.uint8)
+    raise BadCheckpoint(f"layer {name} is stored as {weight.dtype}, not as {layout} says")
 
 
-def _weights_of(name: str, config: Mapping[str, Any]) -> Any:
-    """The weight arguments that apply to layer ``name``; the first matching target wins."""
+def _scale_shape(name: str, shape: tuple[int, int], spec: Spec) -> tuple[int, int]:
+    try:
+        return scale_shape(shape, spec.group)
+    except BadShape as error:
+        raise BadCheckpoint(f"layer {name}: {error}") from error
+
+
+def _group_of(name: str, config: Mapping[str, Any]) -> Any:
+    """The config group that applies to layer ``name``; the first matching target wins."""
     from compressed_tensors.utils.match import match_name
 
     parsed = _parse(json.dumps(config, sort_keys=True))
-    for scheme in parsed.config_groups.values():
-        if any(target == "Linear" or match_name(name, target) for target in scheme.targets):
-            if scheme.weights is None or scheme.weights.type != "int":
-                raise BadCheckpoint(f"layer {name}: only integer weights can be read yet")
-            return scheme.weights
-    raise BadCheckpoint(f"layer {name} is packed but no config group targets it")
+    for group in parsed.config_groups.values():
+        if any(target == "Linear" or match_name(name, target) for target in group.targets):
+            if group.weights is None:
+                raise BadCheckpoint(f"layer {name}: its config group says nothing of weights")
+            return group
+    raise BadCheckpoint(f"layer {name} has scales but no config group targets it")
 
 
 @lru_cache(maxsize=4)

@@ -46,3 +46,13 @@ def unpack(words: Tensor, bits: int, side: int, dim: int = 1) -> Tensor:
             value = value | (chunk[..., word + 1] << (32 - shift))
         codes[..., i] = (value & mask).to(torch.uint8)
     return codes.reshape(rows, padded)[:, :side]
+
+
+def pack_nibbles(codes_OI: Tensor) -> Tensor:
+    """4-bit codes (O, I) as bytes (O, I/2), the even column in the low nibble."""
+    return codes_OI[:, 0::2] | (codes_OI[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Inverse of `pack_nibbles`."""
+    return torch.stack([packed & 0xF, packed >> 4], -1).flatten(1)

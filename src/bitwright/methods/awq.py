@@ -93,14 +93,3 @@ def scaled_error(
         q_OI = rounded(weight_OI * scale_I, spec, search=search, importance_I=importance_I)
         error += output_error(weight_OI, q_OI / scale_I, stats.hessian_II)
     return error
-
-
-def scaled_stats(stats: InputStats, scale_I: Tensor) -> InputStats:
-    """Statistics of x / s."""
-    inverse_I = 1.0 / scale_I
-    return InputStats(
-        hessian_II=stats.hessian_II * inverse_I[:, None] * inverse_I,
-        absmean_I=stats.absmean_I * inverse_I,
-        absmax_I=stats.absmax_I * inverse_I,
-        tokens=stats.tokens,
-    )

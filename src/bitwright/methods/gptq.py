@@ -34,13 +34,13 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BadShape
-from bitwright.methods.rtn import choose_scales
-from bitwright.numerics.compiled import solve_columns
+from bitwright.methods.rtn import choose_scales, without_global_scale
+from bitwright.numerics.compiled import solve_columns, solve_float_columns
 from bitwright.numerics.grids import IntGrid
 from bitwright.numerics.groups import expand, scale_shape, sides
 from bitwright.numerics.linalg import damped, inverse_cholesky_upper, without_dead
 from bitwright.numerics.rounding import encode
-from bitwright.numerics.scales import Search, project
+from bitwright.numerics.scales import Search, float_parameters
 from bitwright.schemes.quantized import QuantizedLinear, assemble
 from bitwright.schemes.scheme import Spec
 from bitwright.schemes.stats import InputStats
@@ -74,6 +74,7 @@ def gptq(
     if spec.group[0] != 1 and spec.group != (-1, -1):
         raise BadShape("gptq solves rows independently: scales may not be 2-D blocks")
     hessian_II, weight_OI, dead_I = without_dead(stats.hessian_II.to(weight_OI.dtype), weight_OI)
+    weight_OI, global_scale = without_global_scale(weight_OI, spec)
     importance_I = hessian_II.diagonal().clone()
     shape = (weight_OI.shape[0], weight_OI.shape[1])
     width = sides(shape, spec.group)[1]
@@ -108,7 +109,7 @@ def gptq(
         work_OI[:, stop:] -= errors_OB @ upper_II[start:stop, stop:]
     if bool(dead_I.any()):
         codes_OI[:, dead_I] = _zero_codes(scale_RG, zero_RG, shape, spec)[:, dead_I]
-    return assemble(codes_OI, spec, scale_RG, zero_RG)
+    return assemble(codes_OI, spec, scale_RG, zero_RG, global_scale)
 
 
 def _rescale(
@@ -152,7 +153,13 @@ def _solve_batch(
 ) -> tuple[Tensor, Tensor]:
     """(codes, errors) of one batch of columns, later columns inside it updated in place."""
     if not isinstance(spec.grid, IntGrid):
-        return _solve_batch_by_columns(work_OB, upper_BB, scale_OB, zero_OB, spec)
+        levels, errors = solve_float_columns(
+            work_OB.contiguous().numpy(),
+            upper_BB.contiguous().numpy(),
+            scale_OB.contiguous().numpy(),
+            *float_parameters(spec.grid),
+        )
+        return encode(torch.from_numpy(levels), spec.grid), torch.from_numpy(errors)
     if zero_OB is None:
         zero_OB = torch.zeros_like(work_OB)
     codes, errors = solve_columns(
@@ -164,20 +171,3 @@ def _solve_batch(
         float(spec.grid.highest),
     )
     return torch.from_numpy(codes), torch.from_numpy(errors)
-
-
-def _solve_batch_by_columns(
-    work_OB: Tensor, upper_BB: Tensor, scale_OB: Tensor, zero_OB: Tensor | None, spec: Spec
-) -> tuple[Tensor, Tensor]:
-    """The same, one tensor operation per column: any grid, any device."""
-    work_OB = work_OB.clone()
-    codes_OB = torch.empty(work_OB.shape, dtype=torch.uint8)
-    error_OB = torch.empty_like(work_OB)
-    for i in range(work_OB.shape[1]):
-        scale, zero = scale_OB[:, i], None if zero_OB is None else zero_OB[:, i]
-        nearest = project(work_OB[:, i], scale, zero, spec.grid)
-        level = nearest / scale if zero is None else nearest / scale + zero
-        codes_OB[:, i] = encode(level, spec.grid)
-        error_OB[:, i] = (work_OB[:, i] - nearest) / upper_BB[i, i]
-        work_OB[:, i + 1 :] -= torch.outer(error_OB[:, i], upper_BB[i, i + 1 :])
-    return codes_OB, error_OB

@@ -7,6 +7,7 @@ Scales are learned as logarithms (their signs are kept), against the divergence
 KL(original || quantized) of the whole model's predictions.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.functional import linear
 
 from bitwright.errors import BadRequest
 from bitwright.numerics.rounding import decode
-from bitwright.schemes.quantized import QuantizedLinear, assemble
+from bitwright.schemes.quantized import QuantizedLinear
 
 
 class TunedLinear(nn.Module):
@@ -52,13 +53,7 @@ class TunedLinear(nn.Module):
     def result(self) -> QuantizedLinear:
         """The same codes with the learned scales, at storage precision."""
         scale_OG = (self.sign_OG * self.log_scale_OG.exp()).detach()
-        zero = self.original.zero_point_RG
-        return assemble(
-            self.original.codes_OI,
-            self.original.spec,
-            scale_OG,
-            None if zero is None else zero.float(),
-        )
+        return replace(self.original, scale_RG=scale_OG.to(self.original.scale_RG.dtype))
 
 
 class _ScaledMatmul(torch.autograd.Function):

@@ -4,6 +4,8 @@ Plain arithmetic on numpy arrays, no policy: their meaning is fixed by the tenso
 calls them (`scales.py`, `methods/gptq.py`), and tests hold the two against each other.
 """
 
+import math
+
 import numba
 import numpy as np
 import numpy.typing as npt
@@ -83,3 +85,57 @@ def solve_columns(
             for j in range(i + 1, width):
                 w[j] -= error * u_BB[i, j]
     return codes_OB, error_OB
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _nearest_float(value: float, mantissa: int, smallest: int, largest: float) -> float:
+    bounded = min(max(value, -largest), largest)
+    exponent = math.frexp(bounded)[1] - 1
+    quantum = math.ldexp(1.0, max(exponent, smallest) - mantissa)
+    return np.rint(bounded / quantum) * quantum  # type: ignore[no-any-return]
+
+
+@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+def best_float_candidate(
+    x_NC: Float, weight_RC: Float, scale_NK: Float, mantissa: int, smallest: int, largest: float
+) -> Index:
+    """`best_candidate` for a FloatGrid of ``mantissa`` bits and ``smallest`` exponent."""
+    groups, width = x_NC.shape
+    candidates = scale_NK.shape[1]
+    repeat = weight_RC.shape[0]
+    best_N = np.zeros(groups, dtype=np.int64)
+    for n in numba.prange(groups):
+        x = x_NC[n]
+        weight = weight_RC[n % repeat]
+        least = np.inf
+        for k in range(candidates):
+            scale = scale_NK[n, k]
+            error = x.dtype.type(0.0)
+            for c in range(width):
+                d = _nearest_float(x[c] / scale, mantissa, smallest, largest) * scale - x[c]
+                error += weight[c] * d * d
+            if error < least:
+                least = error
+                best_N[n] = k
+    return best_N
+
+
+@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+def solve_float_columns(
+    w_OB: Float, u_BB: Float, scale_OB: Float, mantissa: int, smallest: int, largest: float
+) -> tuple[Float, Float]:
+    """`solve_columns` for a FloatGrid: (grid values, errors), both (O, B)."""
+    rows, width = w_OB.shape
+    level_OB = np.empty_like(w_OB)
+    error_OB = np.empty_like(w_OB)
+    for o in numba.prange(rows):
+        w = w_OB[o]
+        for i in range(width):
+            scale = scale_OB[o, i]
+            level = _nearest_float(w[i] / scale, mantissa, smallest, largest)
+            level_OB[o, i] = level
+            error = (w[i] - level * scale) / u_BB[i, i]
+            error_OB[o, i] = error
+            for j in range(i + 1, width):
+                w[j] -= error * u_BB[i, j]
+    return level_OB, error_OB

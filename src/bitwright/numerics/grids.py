@@ -63,6 +63,11 @@ class FloatGrid:
         return int(self.signed) + self.exponent + self.mantissa
 
     @property
+    def smallest_exponent(self) -> int:
+        """Exponent of the smallest normal value, which subnormals share."""
+        return 1 - self.bias
+
+    @property
     def largest(self) -> float:
         """Largest finite value."""
         return float(finite_magnitudes(self)[-1])

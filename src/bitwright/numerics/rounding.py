@@ -26,6 +26,20 @@ def decode(codes: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Ten
     return table[codes.long()]
 
 
+def nearest(x: Tensor, grid: Grid) -> Tensor:
+    """The grid values nearest to ``x``, as decode(encode(x)), without making codes.
+
+    For values that are finite; ``x``: float32 or float64, which is also the dtype returned.
+    """
+    if isinstance(grid, IntGrid):
+        return torch.round(x).clamp_(grid.lowest, grid.highest)
+    bounded = x.clamp(-grid.largest, grid.largest)
+    _, exponent = torch.frexp(bounded)
+    step = (exponent - 1).clamp_(min=grid.smallest_exponent).sub_(grid.mantissa)
+    quantum = torch.ldexp(torch.ones_like(bounded), step)
+    return (bounded / quantum).round_().mul_(quantum)
+
+
 def _encode_float(x: Tensor, grid: FloatGrid) -> Tensor:
     levels = finite_magnitudes(grid).to(device=x.device)
     middles = ((levels[1:] + levels[:-1]) / 2).to(x.dtype)

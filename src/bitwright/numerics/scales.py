@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitwright.numerics.compiled import best_candidate, round_trip
-from bitwright.numerics.grids import Grid, IntGrid
-from bitwright.numerics.rounding import decode, encode
+from bitwright.numerics.compiled import best_candidate, best_float_candidate, round_trip
+from bitwright.numerics.grids import E4M3, E8M0, FloatGrid, Grid, IntGrid
+from bitwright.numerics.rounding import decode, encode, nearest
 
 Search = Literal["absmax", "mse"]
 
@@ -20,9 +20,29 @@ CANDIDATES = 64
 SMALLEST_RATIO = 0.45
 
 
-def store_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``scale`` rounded to ``dtype`` and back; a scale that would vanish becomes one."""
-    stored = scale.to(dtype).to(scale.dtype)
+Storage = torch.dtype | Grid
+
+
+def storage_dtype(storage: Storage) -> torch.dtype:
+    """The torch dtype that holds scales of a dtype, or of the grid E4M3 (NVFP4) or E8M0 (MX)."""
+    if isinstance(storage, torch.dtype):
+        return storage
+    return torch.float8_e4m3fn if storage == E4M3 else torch.float8_e8m0fnu
+
+
+def store_scale(scale: Tensor, storage: Storage) -> Tensor:
+    """``scale`` rounded to ``storage`` and back; a scale that would vanish becomes one.
+
+    Powers of two (E8M0) are rounded up, so that what absmax scaling covers stays covered.
+    """
+    if storage == E8M0:
+        exponent = torch.ceil(torch.log2(scale.abs())).clamp(-127, 127)
+        stored = torch.ldexp(torch.ones_like(scale), exponent.int())
+        stored = torch.where(scale == 0, torch.zeros_like(scale), stored)
+    elif isinstance(storage, torch.dtype):
+        stored = scale.to(storage).to(scale.dtype)
+    else:
+        stored = nearest(scale, storage)
     usable = torch.isfinite(stored) & (stored.abs() > torch.finfo(torch.float32).tiny)
     return torch.where(usable, stored, torch.ones_like(stored))
 
@@ -49,7 +69,7 @@ def choose_scale(
     x_NC: Tensor,
     grid: Grid,
     *,
-    dtype: torch.dtype,
+    dtype: Storage,
     symmetric: bool = True,
     search: Search = "mse",
     importance_RC: Tensor | None = None,
@@ -78,9 +98,7 @@ def choose_scale(
     return scale, None if symmetric else zero
 
 
-def _candidates(
-    x_NC: Tensor, grid: Grid, dtype: torch.dtype, symmetric: bool
-) -> tuple[Tensor, Tensor]:
+def _candidates(x_NC: Tensor, grid: Grid, dtype: Storage, symmetric: bool) -> tuple[Tensor, Tensor]:
     ratio_K = torch.linspace(1.0, SMALLEST_RATIO, CANDIDATES, dtype=x_NC.dtype, device=x_NC.device)
     if symmetric:
         scale_NK = store_scale(absmax_scale(x_NC, grid) * ratio_K, dtype)
@@ -107,10 +125,24 @@ def _least_error(
                 float(grid.highest),
             )
         )
+    elif isinstance(grid, FloatGrid) and x_NC.device.type == "cpu":
+        best_N = torch.from_numpy(
+            best_float_candidate(
+                x_NC.contiguous().numpy(),
+                weight_RC.to(x_NC.dtype).contiguous().numpy(),
+                scale_NK.contiguous().numpy(),
+                *float_parameters(grid),
+            )
+        )
     else:
         best_N = _least_error_by_tensors(x_NC, weight_RC, scale_NK, zero_NK, grid)
     pick = best_N[:, None]
     return scale_NK.gather(1, pick), zero_NK.gather(1, pick)
+
+
+def float_parameters(grid: FloatGrid) -> tuple[int, int, float]:
+    """What the compiled loops need to know of a grid."""
+    return grid.mantissa, grid.smallest_exponent, grid.largest
 
 
 def _least_error_by_tensors(
@@ -138,13 +170,13 @@ def project(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor
         )
         return torch.from_numpy(done)
     if zero is None or not isinstance(grid, IntGrid):
-        return decode(encode(x / scale, grid), grid, x.dtype) * scale
+        return nearest(x / scale, grid).mul_(scale)
     codes = encode(torch.round(x / scale) + zero, grid)
     return (decode(codes, grid, x.dtype) - zero) * scale
 
 
 def _refit(
-    x_NC: Tensor, weight_RC: Tensor, scale: Tensor, zero: Tensor, grid: Grid, dtype: torch.dtype
+    x_NC: Tensor, weight_RC: Tensor, scale: Tensor, zero: Tensor, grid: Grid, dtype: Storage
 ) -> Tensor:
     level_NC = project(x_NC, scale, zero, grid) / scale
     weight_NC = weight_RC.to(x_NC.dtype).repeat(x_NC.shape[0] // weight_RC.shape[0], 1)

@@ -15,6 +15,7 @@ from bitwright.pipeline.topology import BlockCall, Topology, call_block, run_unt
 from bitwright.schemes.stats import InputStats
 
 TOKENS_PER_BATCH = 2048
+SAMPLED_TOKENS = 512
 
 
 class HiddenStates:
@@ -112,12 +113,16 @@ def collect(
     hidden: HiddenStates,
     index: int,
     on_output: Callable[[slice, Tensor], None] | None = None,
+    *,
+    sample: bool = False,
 ) -> dict[SharedInput, InputStats]:
     """Statistics of every shared input of a block, in one replay.
 
-    ``on_output`` receives each batch's output of the unquantized block.
+    ``on_output`` receives each batch's output of the unquantized block; ``sample`` keeps what
+    input scales are chosen by.
     """
-    sums = {group: _Sums() for group in shared}
+    stride = max(1, hidden.tokens // SAMPLED_TOKENS) if sample else 0
+    sums = {group: _Sums(stride) for group in shared}
     handles = []
     for group, total in sums.items():
         first = linears[group.names[0]]
@@ -137,8 +142,11 @@ def collect(
 class _Sums:
     """Running sums over tokens of one shared input."""
 
-    def __init__(self) -> None:
+    def __init__(self, stride: int) -> None:
         self.tokens = 0
+        self.stride = stride
+        self.batches: list[Tensor] = []
+        self.samples: list[Tensor] = []
         self.gram: Tensor | None = None
         self.absolute: Tensor | None = None
         self.largest: Tensor | None = None
@@ -155,6 +163,9 @@ class _Sums:
             self.absolute += total
             self.largest = torch.maximum(self.largest, largest)
         self.tokens += x_TI.shape[0]
+        if self.stride:
+            self.batches.append(largest.float())
+            self.samples.append(x_TI[:: self.stride].float())
 
     def stats(self) -> InputStats:
         assert self.gram is not None
@@ -165,6 +176,8 @@ class _Sums:
             absmean_I=self.absolute / self.tokens,
             absmax_I=self.largest.float(),
             tokens=self.tokens,
+            batch_absmax_BI=torch.stack(self.batches) if self.stride else None,
+            sample_TI=torch.cat(self.samples) if self.stride else None,
         )
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bitwright.methods.awq import scaled_stats
 from bitwright.methods.compose import parse_method
 from bitwright.pipeline.calibrate import HiddenStates, advance, collect
 from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, folder_bytes, require_space
@@ -17,7 +16,7 @@ from bitwright.pipeline.inputs import SharedInput, shared_inputs
 from bitwright.pipeline.memory import peak_rss_bytes, return_freed_memory
 from bitwright.pipeline.refine import Effort, output_factor, refine
 from bitwright.pipeline.report import Report
-from bitwright.pipeline.solve import choose_input_scale, solve_layers
+from bitwright.pipeline.solve import choose_input_scale, input_of, solve_layers
 from bitwright.pipeline.topology import (
     Topology,
     compute_dtype,
@@ -30,7 +29,7 @@ from bitwright.pipeline.topology import (
 from bitwright.schemes.plan import Plan
 from bitwright.schemes.protocols import Format
 from bitwright.schemes.quantized import QuantizedLinear, dequantize
-from bitwright.schemes.stats import InputStats
+from bitwright.schemes.stats import InputStats, scaled_stats
 
 Progress = Callable[[int, int, str], None]
 
@@ -142,7 +141,7 @@ def quantize_block(
         materialize(topology.model, {p: tensors[t] for p, t in names.items()}, dtype)
         _, first, call = next(hidden.batches(index))
         shared = shared_inputs(topology.block(index), linears, first, call)
-        stats = _statistics(topology, index, hidden, shared)
+        stats = _statistics(topology, index, hidden, shared, sample=plan.needs_samples)
         return_freed_memory()
         original = dict(weights)
         exponents = _fold(topology, index, tensors, weights, stats, plan, hidden, shared, solved)
@@ -157,7 +156,11 @@ def quantize_block(
                 solved.changed[key] = weights[key]
         if chosen:
             fold, stat = exponents.get(together[0]), stats.get(together[0])
-            for name, q, row in solve_layers(chosen, stat, plan, fold=fold):
+            scheme = plan.quantized[next(iter(chosen))].scheme
+            assert scheme is not None
+            for name, weight_only, row in solve_layers(chosen, stat, plan, fold=fold):
+                inputs = input_of(stat, scheme.input, plan.options)
+                q = replace(weight_only, input_spec=scheme.input, input_scale=inputs)
                 report.layers.append(row)
                 solved.codes[name] = q
             return_freed_memory()
@@ -185,10 +188,17 @@ def _solved_together(
 
 
 def _statistics(
-    topology: Topology, index: int, hidden: HiddenStates, shared: Sequence[SharedInput]
+    topology: Topology,
+    index: int,
+    hidden: HiddenStates,
+    shared: Sequence[SharedInput],
+    *,
+    sample: bool,
 ) -> dict[str, InputStats]:
     """Module name -> statistics of its input; Linears of one input share one value."""
-    by_input = collect(topology.block(index), topology.linears[index], shared, hidden, index)
+    by_input = collect(
+        topology.block(index), topology.linears[index], shared, hidden, index, sample=sample
+    )
     return {name: by_input[group] for group in shared for name in group.names}
 
 
@@ -218,7 +228,7 @@ def _fold(
         readers = [keys[f"{name}.weight"] for name in fold.shared.names]
         stat = stats[fold.shared.names[0]]
         chosen = choose_input_scale(
-            kind, [values[r] for r in readers], stat, plan.scheme.weight, plan.options,
+            kind, [values[r] for r in readers], stat, plan.scheme, plan.options,
             fold.channel_I,
         )  # fmt: skip
         applied_I = apply_fold(fold, keys, values, chosen.scale_I)

@@ -13,12 +13,14 @@ from bitwright.methods.compose import parse_method
 from bitwright.methods.gptq import gptq
 from bitwright.methods.objective import row_errors
 from bitwright.methods.obq import obq
+from bitwright.methods.ranges import input_scale
 from bitwright.methods.rtn import rtn
 from bitwright.methods.smoothquant import smooth_scale, smoothquant_scale
 from bitwright.pipeline.report import LayerReport
+from bitwright.schemes.inputs import needs_calibrated_scale
 from bitwright.schemes.plan import Plan
 from bitwright.schemes.quantized import QuantizedLinear, dequantize
-from bitwright.schemes.scheme import Spec
+from bitwright.schemes.scheme import Scheme, Spec
 from bitwright.schemes.stats import InputStats
 
 LARGEST_DAMP = 1.0
@@ -34,12 +36,16 @@ def solve_layers(
     """The Linears of one shared input by the plan's method, with their lines of the report.
 
     Rows are solved independently of each other, so the weights are stacked and share one
-    factorization. A hessian that has no Cholesky factor is damped ten times more, up to
+    factorization (and one scale, where the spec has one per tensor, as runtimes that fuse these
+    Linears expect); only 2-D blocks keep to their own weight. A hessian that has no Cholesky factor is damped ten times more, up to
     LARGEST_DAMP; after that the layers are rounded to nearest. Either is reported.
     """
     first = plan.quantized[next(iter(weights))]
     assert first.scheme is not None
     scheme = first.scheme
+    if scheme.weight.group[0] > 1 and len(weights) > 1:
+        alone = [solve_layers({n: w}, stats, plan, fold=fold) for n, w in weights.items()]
+        return [line for lines in alone for line in lines]
     stacked_OI = torch.cat(list(weights.values()))
     stacked, fallback = _solve(stacked_OI, stats, scheme.weight, plan.method, plan.options)
     error_O, power_O = row_errors(
@@ -65,6 +71,16 @@ def solve_layers(
         )
         out.append((name, q, row))
     return out
+
+
+def input_of(
+    stats: InputStats | None, spec: Spec | None, options: Mapping[str, Any]
+) -> Tensor | None:
+    """The calibrated input scale (1,) where the spec has one."""
+    if spec is None or not needs_calibrated_scale(spec):
+        return None
+    assert stats is not None
+    return input_scale(stats, spec, options["input_range"])
 
 
 def _solve(
@@ -95,15 +111,17 @@ def choose_input_scale(
     kind: FoldName,
     weights_OI: list[Tensor],
     stats: InputStats,
-    spec: Spec,
+    scheme: Scheme,
     options: Mapping[str, Any],
     shared_I: Tensor,
 ) -> InputScale:
     """The channel scale that AWQ or SmoothQuant would fold in front of these Linears."""
     if kind == "awq":
-        return awq_scale(weights_OI, stats, spec, shared_I=shared_I)
+        return awq_scale(weights_OI, stats, scheme.weight, shared_I=shared_I)
     strength = options["smoothing"]
     if strength is None:
-        return smoothquant_scale(weights_OI, stats, spec, shared_I=shared_I)
+        return smoothquant_scale(
+            weights_OI, stats, scheme.weight, input_spec=scheme.input, shared_I=shared_I
+        )
     scale_I = smooth_scale(weights_OI, stats, strength, shared_I=shared_I)
     return InputScale(scale_I, strength, 0.0, 0.0)

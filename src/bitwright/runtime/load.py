@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.errors import BadCheckpoint, BadTensor
 from bitwright.formats import FORMATS, get_format
 from bitwright.pipeline.checkpoint import Checkpoint, TensorInfo
 from bitwright.pipeline.topology import build_empty, compute_dtype, match_names, materialize
+from bitwright.schemes.inputs import round_input
 from bitwright.schemes.protocols import Format
 from bitwright.schemes.quantized import QuantizedLinear, dequantize
 
@@ -36,7 +37,8 @@ def load_model(
 ) -> Any:
     """The model with its weights dequantized to ``dtype`` (default: as computed), on the CPU.
 
-    What it computes is the specification that every runtime is compared with.
+    Inputs of Linears with low-bit activations are rounded as their scheme says. What it computes
+    is the specification that every runtime is compared with.
     """
     fmt = format_of(checkpoint)
     quantized: set[str] = set()
@@ -49,17 +51,27 @@ def load_model(
     for parameter, tensor in match_names(model, plain).items():
         name = tensor.removesuffix(".weight")
         if fmt is not None and tensor.endswith(".weight") and name in quantized:
-            value: Tensor = dequantize(read_layer(checkpoint, fmt, name), dtype)
+            q = read_layer(checkpoint, fmt, name)
+            value: Tensor = dequantize(q, dtype)
             if value.shape != model.get_parameter(parameter).shape:
                 raise BadTensor(
                     f"layer {name} decodes to {list(value.shape)}, but config.json asks for "
                     f"{list(model.get_parameter(parameter).shape)}"
                 )
+            if q.input_spec is not None:
+                round_inputs(model.get_submodule(parameter.removesuffix(".weight")), q)
         else:
             value = checkpoint.read([tensor])[tensor]
         materialize(model, {parameter: value}, dtype)
     model.tie_weights()  # type: ignore[operator]
     return model
+
+
+def round_inputs(linear: nn.Module, q: QuantizedLinear) -> None:
+    """Let ``linear`` round its input from now on as the layer ``q`` says."""
+    spec, scale = q.input_spec, q.input_scale
+    assert spec is not None
+    linear.register_forward_pre_hook(lambda _, args: (round_input(args[0], spec, scale),))
 
 
 def _dense_view(checkpoint: Checkpoint, fmt: Format, quantized: set[str]) -> Checkpoint:

@@ -58,12 +58,21 @@ class Plan:
             count += size
         return bits / count if count else 16.0
 
+    @property
+    def needs_samples(self) -> bool:
+        """Whether calibration keeps what input scales are chosen by."""
+        inputs = self.scheme.input
+        return inputs is not None
+
     def to_json(self) -> dict[str, Any]:
         """A JSON value with everything that shapes the output."""
         return {
             "scheme": self.scheme.name,
             "group_size": self.scheme.weight.group[1],
             "asymmetric": self.scheme.weight.asymmetric,
+            "weight": repr(self.scheme.weight),
+            "input": repr(self.scheme.input),
+            "kv_cache": repr(self.scheme.kv_cache),
             "method": self.method,
             "format": self.format,
             "calibration": asdict(self.calibration) if self.calibration else None,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bitwright.numerics.groups import expand, scale_shape, split
 from bitwright.numerics.rounding import decode, encode
+from bitwright.numerics.scales import storage_dtype
 from bitwright.schemes.scheme import Spec
 
 
@@ -43,7 +44,14 @@ class QuantizedLinear:
         return self.spec.bits_per_value(self.shape)
 
     def rows(self, part: slice) -> "QuantizedLinear":
-        """The layer made of some of the output rows; for specs whose groups are single rows."""
+        """The layer made of some of the output rows.
+
+        For specs whose groups are single rows, or whole tensors: those keep the common scale.
+        """
+        if self.spec.group[0] == -1:
+            return replace(self, codes_OI=self.codes_OI[part], scale_RG=self.scale_RG.clone())
+        if range(*part.indices(self.shape[0])) == range(self.shape[0]):
+            return self
         assert self.spec.group[0] == 1
         zero, bias = self.zero_point_RG, self.bias_O
         return replace(
@@ -78,30 +86,51 @@ def dequantize(q: QuantizedLinear, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def quantize_to(
-    weight_OI: Tensor, spec: Spec, scale_RG: Tensor, zero_RG: Tensor | None
+    weight_OI: Tensor,
+    spec: Spec,
+    scale_RG: Tensor,
+    zero_RG: Tensor | None,
+    global_scale: Tensor | None = None,
 ) -> QuantizedLinear:
     """Round every weight to the nearest code under given scales.
 
-    ``weight_OI`` and ``scale_RG``: float32 or float64; ``zero_RG`` likewise, or None.
+    ``weight_OI`` and ``scale_RG``: float32 or float64; ``zero_RG`` likewise, or None. With a
+    ``global_scale`` the weight is already divided by it.
     """
     shape = (weight_OI.shape[0], weight_OI.shape[1])
     scaled = weight_OI / expand(scale_RG, shape, spec.group)
     if zero_RG is not None:
         scaled = scaled.round_().add_(expand(zero_RG, shape, spec.group))
-    return assemble(encode(scaled, spec.grid), spec, scale_RG, zero_RG)
+    return assemble(encode(scaled, spec.grid), spec, scale_RG, zero_RG, global_scale)
 
 
 def assemble(
-    codes_OI: Tensor, spec: Spec, scale_RG: Tensor, zero_RG: Tensor | None
+    codes_OI: Tensor,
+    spec: Spec,
+    scale_RG: Tensor,
+    zero_RG: Tensor | None,
+    global_scale: Tensor | None = None,
 ) -> QuantizedLinear:
     """A QuantizedLinear from codes and float scales, put into their storage types."""
-    assert isinstance(spec.scale, torch.dtype)
     return QuantizedLinear(
         codes_OI=codes_OI,
-        scale_RG=scale_RG.to(spec.scale),
+        scale_RG=scale_RG.to(storage_dtype(spec.scale)),
         spec=spec,
         zero_point_RG=None if zero_RG is None else zero_RG.to(torch.uint8),
+        global_scale=None if global_scale is None else global_scale.float(),
     )
+
+
+def choose_global_scale(amax: Tensor, spec: Spec) -> Tensor | None:
+    """The float32 scale of a whole two-level tensor; None for other specs.
+
+    The largest block scale becomes the largest value of the scales' grid (NVFP4: amax / 2688).
+    """
+    if not spec.two_level:
+        return None
+    assert not isinstance(spec.scale, torch.dtype)
+    scale = amax.float() / (spec.grid.largest * spec.scale.largest)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def grouped(weight_OI: Tensor, spec: Spec) -> Tensor:

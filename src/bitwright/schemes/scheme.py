@@ -26,6 +26,8 @@ from bitwright.numerics.groups import (
 )
 
 Mode = Literal["static", "dynamic"]
+Granularity = Literal["tensor", "channel", "block"]
+BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Scheme:
         if group_size is not None:
             if not isinstance(weight.grid, IntGrid):
                 raise BadRequest(f"{self.name} fixes its own group size: drop --group-size")
+            if weight.grid.bits == 8 and self.input is not None and group_size != -1:
+                raise BadRequest(f"{self.name} has one scale per channel: use --granularity")
             weight = replace(weight, group=per_group(group_size))
         if asymmetric:
             if not isinstance(weight.grid, IntGrid):
@@ -90,8 +94,45 @@ class Scheme:
             weight = replace(weight, grid=grid, asymmetric=True)
         return replace(self, weight=weight)
 
+    def with_kv_cache(self, kind: str) -> "Scheme":
+        """With keys and values in "fp8", "int8" or "int4", or in 16 bits ("none")."""
+        known = {"none": None, "fp8": "8-FP8", "int8": "8-INT8", "int4": "4"}
+        if kind not in known:
+            raise UnknownName(f"unknown cache type {kind!r}; known: {', '.join(known)}")
+        suffix = known[kind]
+        cache = None if suffix is None else parse_scheme(f"W8A16-KV{suffix}").kv_cache
+        return replace(self, kv_cache=cache)
 
-_FP8_CHANNEL = Spec(E4M3, PER_CHANNEL)
+    def with_activations(self, mode: Mode) -> "Scheme":
+        """Activation scales chosen at run time per token, or calibrated, one per tensor."""
+        if self.input is None:
+            raise BadRequest(f"{self.name} keeps 16-bit activations: drop --activations")
+        if self.input.mode == mode:
+            return self
+        if self.input.grid.bits != 8 or self.input.scale != torch.float32:
+            raise BadRequest(f"{self.name} chooses its activation scales at run time")
+        return replace(self, input=replace(self.input, mode=mode, group=PER_TENSOR))
+
+    def with_granularity(self, granularity: Granularity) -> "Scheme":
+        """8-bit weights with one scale per tensor, per channel, or per 128 x 128 block.
+
+        With blocks, activations have one scale per token and 128 channels, at run time.
+        """
+        if self.weight.grid.bits != 8 or self.input is None or self.weight.scale != torch.float32:
+            raise BadRequest(f"{self.name} has no choice of granularity: use --group-size")
+        if granularity == "block":
+            if not isinstance(self.weight.grid, FloatGrid):
+                raise BadRequest("blocks are a layout of FP8 weights: use W8A8-FP8")
+            if self.input.mode == "static":
+                raise BadRequest("block scales need dynamic activations")
+            inputs = replace(self.input, group=per_group(BLOCK))
+            return replace(self, weight=replace(self.weight, group=(BLOCK, BLOCK)), input=inputs)
+        group = PER_TENSOR if granularity == "tensor" else PER_CHANNEL
+        return replace(self, weight=replace(self.weight, group=group))
+
+
+_FP8_CHANNEL = Spec(E4M3, PER_CHANNEL, scale=torch.float32)
+_INT8_CHANNEL = Spec(IntGrid(8), PER_CHANNEL, scale=torch.float32)
 _FP8_TOKEN = Spec(E4M3, PER_TOKEN, scale=torch.float32, mode="dynamic")
 _NVFP4 = Spec(E2M1, (1, 16), scale=E4M3, two_level=True)
 _MXFP4 = Spec(E2M1, (1, 32), scale=E8M0)
@@ -129,7 +170,7 @@ def parse_scheme(name: str) -> Scheme:
     weight_bits, input_bits, kind = int(base[1]), int(base[2]), base[3]
     inputs = _input_spec(name, weight_bits, input_bits, kind)
     if weight_bits == 8 and inputs is not None:
-        weight = _FP8_CHANNEL if kind == "FP8" else Spec(IntGrid(8), PER_CHANNEL)
+        weight = _FP8_CHANNEL if kind == "FP8" else _INT8_CHANNEL
     else:
         weight = Spec(IntGrid(weight_bits), per_group(128))
     return Scheme(weight, inputs, kv_cache)

@@ -1,0 +1,271 @@
+"""A request to quantize, checked against the model's headers before anything is computed."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+
+from bitwright.errors import BadCheckpoint, BadRequest, BadShape, UnknownName
+from bitwright.formats import get_format
+from bitwright.methods.compose import Method, parse_method
+from bitwright.methods.ranges import RANGES
+from bitwright.numerics.grids import IntGrid
+from bitwright.numerics.groups import dividing_sizes
+from bitwright.pipeline.checkpoint import Checkpoint, open_checkpoint
+from bitwright.pipeline.gguf_import import gguf_folder
+from bitwright.pipeline.run import predicted_bytes
+from bitwright.pipeline.topology import Topology, compute_dtype, discover, layer_name
+from bitwright.runtime.load import format_of
+from bitwright.schemes.inputs import needs_calibrated_scale
+from bitwright.schemes.plan import Calibration, Layer, Plan, automatic_group_size
+from bitwright.schemes.protocols import Format
+from bitwright.schemes.scheme import Granularity, Mode, Scheme, Spec, parse_scheme
+
+GroupSize = int | str
+
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"steps": 30, "batch": 2, "check_every": 15},
+    "balanced": {"steps": 70, "batch": 2, "check_every": 35},
+    "best": {"steps": 600, "batch": 2, "check_every": 50},
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run will need, from headers alone. Seconds are a rough estimate for this CPU."""
+
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A checked request: everything that can be refused has been."""
+
+    source: Checkpoint
+    topology: Topology
+    plan: Plan
+    fmt: Format
+    prediction: Prediction
+
+
+def resolve(model: str | Path) -> Checkpoint:
+    """Open a Hugging Face folder, a GGUF file or a hub id. Raises BadCheckpoint."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+            raise BadCheckpoint(
+                f"{path} is a pickle, which can run code when loaded and is refused: convert it "
+                "to safetensors first"
+            )
+        return open_checkpoint(gguf_folder(path))
+    name = str(model)
+    looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/"))
+    if path.exists() or not looks_like_id:
+        return open_checkpoint(path)
+    return open_checkpoint(_download(name))
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many unrelated types
+        raise BadCheckpoint(
+            f"{name} is neither a folder here nor a model the hub would give "
+            f"({type(error).__name__})"
+        ) from error
+
+
+def prepare(
+    model: str | Path,
+    *,
+    scheme: str = "W4A16",
+    method: str = "rtn",
+    group_size: GroupSize = "auto",
+    asymmetric: bool = False,
+    activations: str | None = None,
+    granularity: str | None = None,
+    kv_cache: str | None = None,
+    input_range: str = "absmax",
+    format: str = "compressed-tensors",
+    calibration: str | None = None,
+    samples: int = 128,
+    sequence_length: int = 2048,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    search: str = "mse",
+    effort: str = "balanced",
+    damp: float = 0.01,
+    order: str = "activation",
+    smoothing: float | None = None,
+    trust_remote_code: bool = False,
+) -> Prepared:
+    """Check a request against the model's headers; nothing is computed yet.
+
+    ``effort``: how long methods that tune may take, see EFFORTS. ``damp`` and ``order`` are
+    GPTQ's; ``smoothing`` is SmoothQuant's strength, searched if None. ``activations`` (dynamic,
+    static), ``granularity`` (tensor, channel, block) and ``kv_cache`` (none, fp8, int8, int4)
+    change what the scheme's name says; ``input_range``: see methods.ranges. Raises BadRequest,
+    BadShape, UnknownName, UnsupportedModel or BadCheckpoint.
+    """
+    parsed = _adjusted(parse_scheme(scheme), activations, granularity, kv_cache)
+    fmt = get_format(format)
+    chosen = parse_method(method)
+    options: dict[str, Any] = {"search": _known("scale search", search, ("mse", "absmax"))}
+    if chosen.solver != "rtn":
+        options |= {"damp": damp, "order": _known("order", order, ("activation", "natural"))}
+    if chosen.fold == "smoothquant":
+        options["smoothing"] = smoothing
+    if chosen.tune:
+        options["tune"] = EFFORTS[_known("effort", effort, tuple(EFFORTS))]
+    _require_solvable(chosen, parsed.weight)
+    calibrated_inputs = parsed.input is not None and needs_calibrated_scale(parsed.input)
+    if calibrated_inputs:
+        options["input_range"] = _known("input range", input_range, RANGES)
+    source = resolve(model)
+    if format_of(source) is not None:
+        raise BadRequest(f"{source.folder} is already quantized: start from the original model")
+    topology = discover(source, trust_remote_code=trust_remote_code)
+    shapes = {
+        layer_name(topology, name): (linear.out_features, linear.in_features)
+        for block in topology.linears
+        for name, linear in block.items()
+    }
+    reasons = _ignored(shapes, ignore)
+    kept = {name: shape for name, shape in shapes.items() if name not in reasons}
+    if not kept:
+        raise BadRequest("--ignore leaves no layer to quantize")
+    parsed, notes = _with_group_size(parsed, group_size, asymmetric, kept)
+    layers = [
+        Layer(name, shape, None if name in reasons else parsed, reasons.get(name, ""))
+        for name, shape in shapes.items()
+    ]
+    for name, shape in kept.items():
+        fmt.check(name, shape, parsed)
+    layers += _outside(topology)
+    if calibration is None and (chosen.needs_calibration or calibrated_inputs):
+        calibration = "pydoc"
+    plan = Plan(
+        scheme=parsed,
+        method=method,
+        format=fmt.name,
+        layers=tuple(layers),
+        calibration=Calibration(calibration, samples, sequence_length) if calibration else None,
+        seed=seed,
+        options=options,
+        notes=tuple(notes),
+    )
+    return Prepared(source, topology, plan, fmt, _predict(source, topology, plan))
+
+
+def _adjusted(
+    scheme: Scheme, activations: str | None, granularity: str | None, kv_cache: str | None
+) -> Scheme:
+    if activations is not None:
+        _known("activation mode", activations, get_args(Mode))
+        scheme = scheme.with_activations(cast("Mode", activations))
+    if granularity is not None:
+        _known("granularity", granularity, get_args(Granularity))
+        scheme = scheme.with_granularity(cast("Granularity", granularity))
+    if kv_cache is not None:
+        scheme = scheme.with_kv_cache(kv_cache)
+    return scheme
+
+
+def _require_solvable(method: Method, weight: Spec) -> None:
+    """Solvers and tuning have limits that are known before any work."""
+    integer = isinstance(weight.grid, IntGrid)
+    if (method.tune or method.solver == "obq") and not integer:
+        raise BadRequest("obq and tuning work on integer weights: use rtn, gptq or a fold")
+    if method.tune and weight.group[0] != 1:
+        raise BadRequest("tuning needs scales of single rows: drop --granularity tensor")
+    if method.solver != "rtn" and weight.group[0] not in (1, -1):
+        raise BadRequest("gptq solves rows independently: for 2-D blocks use rtn, awq, smoothquant")
+
+
+def _known(what: str, value: str, names: tuple[str, ...]) -> str:
+    if value not in names:
+        raise UnknownName(f"unknown {what} {value!r}; known: {', '.join(names)}")
+    return value
+
+
+def _ignored(shapes: dict[str, tuple[int, int]], patterns: Sequence[str]) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    for pattern in patterns:
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise BadRequest(f"--ignore {pattern!r} is not a regular expression: {error}") from None
+        hits = [name for name in shapes if compiled.search(name)]
+        if not hits:
+            raise BadRequest(f"--ignore {pattern!r} matches no layer, e.g. {min(shapes)}")
+        reasons |= dict.fromkeys(hits, f"--ignore {pattern}")
+    return reasons
+
+
+def _with_group_size(
+    scheme: Scheme, group_size: GroupSize, asymmetric: bool, shapes: dict[str, tuple[int, int]]
+) -> tuple[Scheme, list[str]]:
+    widths = sorted({width for _, width in shapes.values()})
+    notes: list[str] = []
+    fixed = not isinstance(scheme.weight.grid, IntGrid) or scheme.weight.group[1] == -1
+    if group_size == "auto" and fixed:
+        return scheme.with_weight(asymmetric=asymmetric), notes
+    if group_size == "auto":
+        size, note = automatic_group_size(widths)
+        notes = [note] if note else []
+    else:
+        try:
+            size = int(group_size)
+        except ValueError:
+            raise BadRequest(f"--group-size {group_size!r} is not auto, -1 or a number") from None
+        if size == 0 or size < -1:
+            raise BadRequest(f"--group-size {size}: give auto, -1 or a positive number")
+        bad = [width for width in widths if size > 0 and width % size]
+        if bad:
+            usable = ", ".join(map(str, dividing_sizes(widths)))
+            raise BadShape(
+                f"group size {size} does not divide the input width {bad[0]}; "
+                f"sizes that divide every layer: {usable or 'none'}, or -1 (per channel)"
+            )
+    return scheme.with_weight(group_size=size, asymmetric=asymmetric), notes
+
+
+def _outside(topology: Topology) -> list[Layer]:
+    inside = {name for block in topology.linears for name in block}
+    out = []
+    for name, module in topology.model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name not in inside:
+            tensor = topology.source.get(f"{name}.weight", f"{name}.weight")
+            is_output = module is topology.model.get_output_embeddings()  # type: ignore[operator]
+            reason = "output embedding" if is_output else "outside the decoder blocks"
+            shape = (module.out_features, module.in_features)
+            out.append(Layer(tensor.removesuffix(".weight"), shape, None, reason))
+    return out
+
+
+def _predict(source: Checkpoint, topology: Topology, plan: Plan) -> Prediction:
+    """Imports and tables, plus the embedding or one block (stored, float32 and codes)."""
+    base = 450_000_000
+    block = max(
+        sum(source.tensors[t].nbytes for t in topology.block_tensors(i).values())
+        for i in range(len(topology.block_names))
+    )
+    embedding = max(info.nbytes for info in source.tensors.values())
+    work = block * 3
+    seconds = 3.0 + source.nbytes / 40e6
+    if plan.calibration is not None:
+        tokens = plan.calibration.samples * plan.calibration.sequence_length
+        widest = max(layer.shape[1] for layer in plan.quantized.values())
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in plan.quantized.values())
+        work += tokens * widest * compute_dtype(source).itemsize // 8 + 4 * widest * widest * 3
+        seconds += tokens * weights * 2 * 3 / 3e11
+    disk = predicted_bytes(source, topology, plan)
+    return Prediction(base + max(embedding, work), disk, seconds)

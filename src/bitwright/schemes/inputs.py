@@ -1,0 +1,55 @@
+"""Rounding what a Linear receives, as a runtime with low-bit activations does."""
+
+import torch
+from torch import Tensor
+
+from bitwright.numerics.grids import FloatGrid, Grid
+from bitwright.numerics.groups import expand, sides, split
+from bitwright.numerics.rounding import nearest
+from bitwright.numerics.scales import store_scale
+from bitwright.schemes.scheme import Spec
+
+_HARDWARE = {(4, 3): torch.float8_e4m3fn, (5, 2): torch.float8_e5m2}
+
+
+def needs_calibrated_scale(spec: Spec) -> bool:
+    """Whether a number from calibration is stored: static scales, and two-level ones."""
+    return spec.mode == "static" or spec.two_level
+
+
+def round_input(x: Tensor, spec: Spec, input_scale: Tensor | None = None) -> Tensor:
+    """``x`` (..., I) rounded to the spec's grid and read back, in its own dtype.
+
+    Dynamic scales are max|x| / largest grid value of each token, group of a token or block,
+    computed here, at storage precision; static ones are ``input_scale`` (1,), which for
+    two-level specs is the global scale. Values beyond a static range saturate.
+    """
+    x_TI = x.reshape(-1, x.shape[-1]).float()
+    if spec.mode == "static":
+        assert input_scale is not None
+        scale = input_scale.to(x_TI.device, torch.float32)
+        return _rounded(x_TI / scale, spec.grid).mul_(scale).view(x.shape).to(x.dtype)
+    overall = None
+    if spec.two_level:
+        assert input_scale is not None
+        overall = input_scale.to(x_TI.device, torch.float32)
+        x_TI = x_TI / overall
+    amax_TG = split(x_TI, spec.group).abs().amax(-1)
+    scale_TG = store_scale(amax_TG / spec.grid.largest, spec.scale)
+    shape = (x_TI.shape[0], x_TI.shape[1])
+    if sides(shape, spec.group) == (1, shape[1]):
+        scale_TI = scale_TG
+    else:
+        scale_TI = expand(scale_TG, shape, spec.group)
+    out = _rounded(x_TI / scale_TI, spec.grid).mul_(scale_TI)
+    if overall is not None:
+        out *= overall
+    return out.view(x.shape).to(x.dtype)
+
+
+def _rounded(x: Tensor, grid: Grid) -> Tensor:
+    """`nearest`, through the dtype torch has for it where there is one (the same values)."""
+    dtype = _HARDWARE.get((grid.exponent, grid.mantissa)) if isinstance(grid, FloatGrid) else None
+    if dtype is None:
+        return nearest(x, grid)
+    return x.clamp_(-grid.largest, grid.largest).to(dtype).to(x.dtype)
