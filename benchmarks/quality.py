@@ -6,7 +6,7 @@ Rows are saved as they finish; a second run continues where the first one stoppe
     python benchmarks/quality.py --model REFERENCE --text test.txt --calibration valid.txt \
         --schemes W4A16 W4A16:asym W8A16 --methods rtn gptq awq+gptq best:balanced
 
-SCHEME is NAME[:asym][:gN], N a group size or -1; METHOD is NAME[:fast|:balanced|:best],
+SCHEME is NAME[:asym][:gN][:static][:tensor|:block][:mse|...], N a group size or -1; METHOD is NAME[:fast|:balanced|:best],
 and rtn:calibrated is rtn with its scale search weighted by calibration statistics.
 Several calibration texts or sample counts are measured one by one.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import shlex
 import shutil
 import tempfile
@@ -39,6 +40,7 @@ COLUMNS = (
 UNQUANTIZED = "none"
 DATA_FREE = ("rtn", UNQUANTIZED)
 CALIBRATED = "calibrated"
+RANGES = ("absmax", "percentile", "mse", "moving-average")
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,16 @@ class Case:
         for mark in marks:
             if mark == "asym":
                 words.append("--asymmetric")
+            elif mark in ("static", "dynamic"):
+                words += ["--activations", mark]
+            elif mark in ("tensor", "channel", "block"):
+                words += ["--granularity", mark]
+            elif mark in RANGES:
+                words += ["--input-range", mark]
             elif mark.startswith("g"):
                 words += ["--group-size", mark.removeprefix("g")]
             else:
-                raise SystemExit(f"{self.scheme}: {mark!r} is neither asym nor gN")
+                raise SystemExit(f"{self.scheme}: {mark!r} is not one of asym, gN, static, tensor, mse, ...")
         if effort and effort != CALIBRATED:
             words += ["--effort", effort]
         if self.calibration is not None:
@@ -84,7 +92,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 def quantize_command(case: Case, args: argparse.Namespace) -> list[str]:
     """The whole command line of a row, with OUT in place of the output folder."""
     words = bitwright("quantize", args.model, "OUT", *case.command)
-    if ":g" not in case.scheme and case.scheme.split(":")[0].endswith("A16"):
+    if ":g" not in case.scheme and re.match(r"W\d+A(16|4)|W4A", case.scheme):
         words += ["--group-size", args.group_size]
     if case.calibration is not None:
         words += ["--sequence-length", str(args.sequence_length)]
