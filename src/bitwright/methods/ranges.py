@@ -33,6 +33,7 @@ MOMENTUM = 0.1
 def input_scale(stats: InputStats, spec: Spec, how: Range = "absmax") -> Tensor:
     """The calibrated scale of a static or two-level input spec: float32 (1,).
 
+    Static scales are rounded to bfloat16, which some runtimes read them as.
     Two-level specs get their global scale, which always covers the largest value. Raises
     BadRequest where ``how`` needs more than the statistics kept.
     """
@@ -49,7 +50,7 @@ def input_scale(stats: InputStats, spec: Spec, how: Range = "absmax") -> Tensor:
         largest = sample.kthvalue(kept).values.reshape(1)
     elif how == "mse":
         largest = _least_error(_sample(stats).float(), largest, spec)
-    scale = largest / spec.grid.largest
+    scale = (largest / spec.grid.largest).bfloat16().float()
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 

@@ -37,8 +37,9 @@ def solve_layers(
 
     Rows are solved independently of each other, so the weights are stacked and share one
     factorization (and one scale, where the spec has one per tensor, as runtimes that fuse these
-    Linears expect); only 2-D blocks keep to their own weight. A hessian that has no Cholesky factor is damped ten times more, up to
-    LARGEST_DAMP; after that the layers are rounded to nearest. Either is reported.
+    Linears expect); only 2-D blocks keep to their own weight. A hessian that has no Cholesky
+    factor is damped ten times more, up to LARGEST_DAMP; after that the layers are rounded to
+    nearest. Either is reported.
     """
     first = plan.quantized[next(iter(weights))]
     assert first.scheme is not None

@@ -125,12 +125,13 @@ def choose_global_scale(amax: Tensor, spec: Spec) -> Tensor | None:
     """The float32 scale of a whole two-level tensor; None for other specs.
 
     The largest block scale becomes the largest value of the scales' grid (NVFP4: amax / 2688).
+    It equals the reciprocal of its reciprocal, which is what compressed-tensors stores.
     """
     if not spec.two_level:
         return None
     assert not isinstance(spec.scale, torch.dtype)
     scale = amax.float() / (spec.grid.largest * spec.scale.largest)
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return 1 / (1 / torch.where(scale > 0, scale, torch.ones_like(scale)))
 
 
 def grouped(weight_OI: Tensor, spec: Spec) -> Tensor:

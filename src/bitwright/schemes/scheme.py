@@ -118,12 +118,13 @@ class Scheme:
 
         With blocks, activations have one scale per token and 128 channels, at run time.
         """
-        if self.weight.grid.bits != 8 or self.input is None or self.weight.scale != torch.float32:
+        grouped = self.weight.scale == E8M0 or self.input is None
+        if self.weight.grid.bits != 8 or grouped:
             raise BadRequest(f"{self.name} has no choice of granularity: use --group-size")
         if granularity == "block":
             if not isinstance(self.weight.grid, FloatGrid):
                 raise BadRequest("blocks are a layout of FP8 weights: use W8A8-FP8")
-            if self.input.mode == "static":
+            if self.input is None or self.input.mode == "static":
                 raise BadRequest("block scales need dynamic activations")
             inputs = replace(self.input, group=per_group(BLOCK))
             return replace(self, weight=replace(self.weight, group=(BLOCK, BLOCK)), input=inputs)
@@ -131,8 +132,8 @@ class Scheme:
         return replace(self, weight=replace(self.weight, group=group))
 
 
-_FP8_CHANNEL = Spec(E4M3, PER_CHANNEL, scale=torch.float32)
-_INT8_CHANNEL = Spec(IntGrid(8), PER_CHANNEL, scale=torch.float32)
+_FP8_CHANNEL = Spec(E4M3, PER_CHANNEL)
+_INT8_CHANNEL = Spec(IntGrid(8), PER_CHANNEL)
 _FP8_TOKEN = Spec(E4M3, PER_TOKEN, scale=torch.float32, mode="dynamic")
 _NVFP4 = Spec(E2M1, (1, 16), scale=E4M3, two_level=True)
 _MXFP4 = Spec(E2M1, (1, 32), scale=E8M0)
