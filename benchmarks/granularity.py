@@ -127,7 +127,7 @@ def exceptions(rows: list[Row]) -> list[Row]:
                 counts[f"not_lower_{which}"] = len(worse)
             step = f"{coarse} to {fine}"
             found.append(
-                {"operand": operand, "grid": grid, "search": search, "step": step, **counts}
+                {"operand": operand, "grid": grid, "step": step, "search": search, **counts}
             )
     return found
 
