@@ -6,7 +6,8 @@ Rows are saved as they finish; a second run continues where the first one stoppe
     python benchmarks/quality.py --model REFERENCE --text test.txt --calibration valid.txt \
         --schemes W4A16 W4A16:asym W8A16 --methods rtn gptq awq+gptq best:balanced
 
-SCHEME is NAME[:asym][:gN][:static][:tensor|:block][:mse|...], N a group size or -1; METHOD is NAME[:fast|:balanced|:best],
+SCHEME is NAME[:asym][:gN][:static][:tensor|:block][:mse|...], N a group size
+or -1; METHOD is NAME[:fast|:balanced|:best],
 and rtn:calibrated is rtn with its scale search weighted by calibration statistics.
 Several calibration texts or sample counts are measured one by one.
 """
@@ -70,7 +71,7 @@ class Case:
             elif mark.startswith("g"):
                 words += ["--group-size", mark.removeprefix("g")]
             else:
-                raise SystemExit(f"{self.scheme}: {mark!r} is not one of asym, gN, static, tensor, mse, ...")
+                raise SystemExit(f"{self.scheme}: {mark!r} is no mark (asym, gN, static, mse, ...)")
         if effort and effort != CALIBRATED:
             words += ["--effort", effort]
         if self.calibration is not None:

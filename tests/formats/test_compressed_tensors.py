@@ -1,18 +1,22 @@
 """The compressed-tensors format: its own inverse, and read by the package of that name."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.compressors import BaseCompressor, PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitwright.errors import BadCheckpoint, BadRequest, BadShape, UnknownName
 from bitwright.formats import FORMATS, get_format
+from bitwright.methods.rtn import rtn
 from bitwright.numerics.grids import E4M3, IntGrid
 from bitwright.numerics.groups import PER_CHANNEL, Group, scale_shape
+from bitwright.schemes.inputs import needs_calibrated_scale
 from bitwright.schemes.quantized import QuantizedLinear, dequantize
-from bitwright.schemes.scheme import Scheme, Spec
+from bitwright.schemes.scheme import Scheme, Spec, parse_scheme
 
 NAME = "model.layers.0.self_attn.q_proj"
 FORMAT = get_format("compressed-tensors")
@@ -72,6 +76,83 @@ def test_the_compressed_tensors_package_reads_the_same_weight(q: QuantizedLinear
     weight = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
     assert torch.equal(weight, dequantize(q, weight.dtype))
     assert weight.dtype is q.scale_RG.dtype
+
+
+LOW_BIT = {
+    "W8A8-INT8": parse_scheme("W8A8-INT8"),
+    "W8A8-INT8 static": parse_scheme("W8A8-INT8").with_activations("static"),
+    "W8A8-INT8 tensor": parse_scheme("W8A8-INT8").with_granularity("tensor"),
+    "W8A8-FP8": parse_scheme("W8A8-FP8"),
+    "W8A8-FP8 static": parse_scheme("W8A8-FP8").with_activations("static"),
+    "W8A8-FP8 tensor": parse_scheme("W8A8-FP8").with_granularity("tensor"),
+    "W8A8-FP8 block": parse_scheme("W8A8-FP8").with_granularity("block"),
+    "W4A8-INT8": parse_scheme("W4A8-INT8").with_weight(group_size=32),
+    "W4A8-FP8": parse_scheme("W4A8-FP8").with_weight(group_size=32),
+    "W4A4": parse_scheme("W4A4").with_weight(group_size=32),
+    "NVFP4": parse_scheme("NVFP4"),
+    "NVFP4A16": parse_scheme("NVFP4A16"),
+    "MXFP4": parse_scheme("MXFP4"),
+    "MXFP8": parse_scheme("MXFP8"),
+}
+
+
+def _low_bit(scheme: Scheme, rows: int, cols: int, seed: int) -> QuantizedLinear:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, cols, generator=generator)
+    q = rtn(weight, None, scheme.weight, search="absmax")
+    scale = None
+    if scheme.input is not None and needs_calibrated_scale(scheme.input):
+        scale = 1 / (1 / (torch.rand(1, generator=generator) + 0.1))
+    return replace(q, input_spec=scheme.input, input_scale=scale)
+
+
+@pytest.mark.parametrize("case", LOW_BIT)
+@given(
+    rows=st.integers(1, 300), groups=st.integers(1, 3), seed=st.integers(0, 99), wide=st.booleans()
+)
+@settings(max_examples=15)
+def test_decode_undoes_encode_for_low_bit_inputs(
+    case: str, rows: int, groups: int, seed: int, wide: bool
+) -> None:
+    scheme = LOW_BIT[case]
+    q = _low_bit(scheme, rows, groups * (128 if wide or "block" in case else 32), seed)
+    config = FORMAT.config({NAME: scheme}, ["lm_head"])
+    back = FORMAT.decode(NAME, FORMAT.encode(NAME, q), config)
+    assert (back.spec, back.input_spec) == (q.spec, q.input_spec)
+    for field in ("codes_OI", "scale_RG", "global_scale", "input_scale"):
+        assert _same(getattr(back, field), getattr(q, field)), field
+
+
+@pytest.mark.parametrize("case", LOW_BIT)
+def test_the_package_decompresses_the_same_low_bit_weight(case: str) -> None:
+    scheme = LOW_BIT[case]
+    q = _low_bit(scheme, 256, 256, 1)
+    prefix = f"{NAME}."
+    state = {key.removeprefix(prefix): t for key, t in FORMAT.encode(NAME, q).items()}
+    config = FORMAT.config({NAME: scheme}, [])
+    (group,) = QuantizationConfig.model_validate(config).config_groups.values()
+    reader = BaseCompressor.get_value_from_registry(config["format"])
+    weight = reader.decompress(state, group)["weight"].float()
+    tolerance = 0.01 if q.spec.two_level else 0  # the package divides scales in bfloat16
+    torch.testing.assert_close(weight, dequantize(q, torch.bfloat16).float(),
+                               rtol=tolerance, atol=0)  # fmt: skip
+
+
+@pytest.mark.parametrize("lost", ["weight_global_scale", "input_global_scale", "weight_scale"])
+def test_a_missing_second_scale_is_named(lost: str) -> None:
+    scheme = LOW_BIT["NVFP4"]
+    tensors = FORMAT.encode(NAME, _low_bit(scheme, 4, 32, 0))
+    del tensors[f"{NAME}.{lost}"]
+    with pytest.raises(BadCheckpoint, match=lost):
+        FORMAT.decode(NAME, tensors, FORMAT.config({NAME: scheme}, []))
+
+
+def test_codes_of_another_type_are_refused() -> None:
+    scheme = LOW_BIT["W8A8-FP8"]
+    tensors = FORMAT.encode(NAME, _low_bit(scheme, 4, 32, 0))
+    tensors[f"{NAME}.weight"] = tensors[f"{NAME}.weight"].view(torch.int8)
+    with pytest.raises(BadCheckpoint, match="int8"):
+        FORMAT.decode(NAME, tensors, FORMAT.config({NAME: scheme}, []))
 
 
 def test_several_schemes_are_told_apart_by_layer_name() -> None:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitwright.numerics.grids import E2M1, E4M3, E5M2, FloatGrid, IntGrid, values
-from bitwright.numerics.rounding import decode, encode
+from bitwright.numerics.grids import E2M1, E4M3, E5M2, FloatGrid, Grid, IntGrid, values
+from bitwright.numerics.rounding import decode, encode, nearest
 from bitwright.numerics.scales import absmax_scale
 
 GOLDEN = torch.tensor([[0.5, -1.2, 3.7, -0.8, 2.1]], dtype=torch.float64)
@@ -88,3 +88,10 @@ def test_no_grid_value_is_nearer(numbers: list[float], grid: IntGrid | FloatGrid
     table = table[torch.isfinite(table)]
     distance = (decode(encode(x, grid), grid, torch.float64) - x).abs()
     assert torch.equal(distance, (x[:, None] - table).abs().amin(1))
+
+
+@pytest.mark.parametrize("source", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grid", [E4M3, E5M2, E2M1, IntGrid(8), IntGrid(3)], ids=str)
+def test_nearest_is_encode_then_decode(grid: Grid, source: torch.dtype) -> None:
+    x = _all_16_bit(source).float()
+    assert torch.equal(nearest(x, grid), decode(encode(x, grid), grid))

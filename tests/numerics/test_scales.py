@@ -6,14 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitwright.numerics.compiled import best_candidate
-from bitwright.numerics.grids import E2M1, E4M3, Grid, IntGrid
+from bitwright.numerics.compiled import best_candidate, best_float_candidate
+from bitwright.numerics.grids import E2M1, E4M3, E8M0, FloatGrid, Grid, IntGrid
 from bitwright.numerics.scales import (
+    Search,
+    Storage,
     _candidates,
     _least_error_by_tensors,
     choose_scale,
+    float_parameters,
     minmax_scale,
     project,
+    storage_dtype,
     store_scale,
     zero_point,
 )
@@ -165,3 +169,37 @@ def test_the_least_squares_refit_is_kept_only_where_it_helps(bits: int, symmetri
     errors = _error(x, *chosen, grid, ones)
     assert bool((errors <= without * (1 + 1e-9)).all())
     assert errors.sum() < without.sum()
+
+
+@given(seed=st.integers(0, 2**20), grid=st.sampled_from([E4M3, E2M1]))
+def test_compiled_float_search_equals_the_tensor_form(seed: int, grid: FloatGrid) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(12, 24, generator=generator, dtype=torch.float64)
+    weight = torch.rand(4, 24, generator=generator, dtype=torch.float64) + 0.1
+    scale, zero = _candidates(x, grid, torch.float32, True)
+    compiled = best_float_candidate(
+        x.numpy(), weight.numpy(), scale.numpy(), *float_parameters(grid)
+    )
+    plain = _least_error_by_tensors(x, weight, scale, zero, grid)
+    assert torch.equal(torch.from_numpy(compiled), plain)
+
+
+@given(st.floats(1e-30, 1e30))
+def test_powers_of_two_are_rounded_up(scale: float) -> None:
+    stored = float(store_scale(torch.tensor([scale], dtype=torch.float64), E8M0))
+    assert scale <= stored < 2 * scale
+    assert torch.frexp(torch.tensor(stored)).mantissa == 0.5
+
+
+@pytest.mark.parametrize("storage", [E4M3, E8M0, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("search", ["absmax", "mse"])
+def test_scales_survive_their_storage(storage: Storage, search: Search) -> None:
+    x = torch.randn(40, 16) * torch.logspace(-1, 1, 40)[:, None]
+    scale, _ = choose_scale(x, E2M1, dtype=storage, search=search)
+    assert torch.equal(scale.to(storage_dtype(storage)).float(), scale)
+
+
+def test_absmax_scaling_by_powers_of_two_clips_nothing() -> None:
+    x = torch.randn(200, 32)
+    scale, _ = choose_scale(x, E2M1, dtype=E8M0, search="absmax")
+    assert bool((x.abs() <= 6 * scale).all())

@@ -1,4 +1,4 @@
-"""W4A16 checkpoints in a real vLLM, against bitwright's forward of the dequantized weights.
+"""Checkpoints in a real vLLM, against bitwright's forward of the dequantized weights.
 
 vLLM computes in float16 and bitwright in float32: what is compared is the meaning of the stored
 weights. In bfloat16 either side's own rounding moves log-probabilities by more than that.
@@ -26,11 +26,16 @@ PROMPTS = ("assignment", "booleans", "comparisons", "exceptions")
 PROMPT_TOKENS = 96
 NEW_TOKENS = 32
 VLLM_SECONDS = 900
+CALIBRATION = {"samples": 16, "sequence_length": 256}
 CASES = {
     "group-symmetric": {"group_size": "auto"},
     "group-asymmetric": {"group_size": 32, "asymmetric": True},
     "channel-symmetric": {"group_size": -1},
     "channel-asymmetric": {"group_size": -1, "asymmetric": True},
+    "int8-dynamic": {"scheme": "W8A8-INT8"},
+    "int8-static": {"scheme": "W8A8-INT8", "activations": "static"} | CALIBRATION,
+    "w4a8-int8": {"scheme": "W4A8-INT8", "group_size": 64},
+    "fp8-dynamic": {"scheme": "W8A8-FP8"},
 }
 
 
@@ -43,7 +48,7 @@ def test_vllm_computes_what_bitwright_specifies(
     note: Callable[[str], None],
 ) -> None:
     folder = tmp_path / "model"
-    bitwright.quantize(smollm2, folder, scheme="W4A16", **CASES[case])
+    bitwright.quantize(smollm2, folder, **({"scheme": "W4A16"} | CASES[case]))
     model = load_model(resolve(folder), dtype=torch.float32)
     tokenizer = load_tokenizer(resolve(folder))
     prompts = [
