@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BadCheckpoint, BadRequest, BadShape
-from bitwright.formats.ct_arguments import spec_of
+from bitwright.formats.ct_arguments import cache_arguments_of, cache_spec_of
 from bitwright.formats.packing import pack, unpack
 from bitwright.numerics.grids import IntGrid
 from bitwright.numerics.groups import PER_CHANNEL, Group, per_group, scale_shape
@@ -105,7 +105,8 @@ class CompressedTensors:
     def cache_spec(self, config: Mapping[str, Any]) -> Spec | None:
         """From ``kv_cache_scheme``."""
         parsed = _parse(json.dumps(config, sort_keys=True))
-        return None if parsed.kv_cache_scheme is None else spec_of(parsed.kv_cache_scheme)
+        scheme = parsed.kv_cache_scheme
+        return None if scheme is None else cache_spec_of(scheme)
 
     def quantized_names(self, tensor_names: set[str]) -> set[str]:
         """Layers that have packed weights."""
@@ -127,6 +128,7 @@ class CompressedTensors:
         config = QuantizationConfig(
             config_groups=groups,
             ignore=ignored,
+            kv_cache_scheme=cache_arguments_of(scheme.kv_cache for scheme in schemes),
             format="pack-quantized",
             quantization_status="compressed",
         )
