@@ -57,7 +57,7 @@ class States:
 
 def quantize_states(x_BHTD: Tensor, spec: Spec, scale_H: Tensor | None) -> States:
     """Round keys or values of any float dtype; ``scale_H``: float32 (1,) or (H,) if static."""
-    x = x_BHTD.float()
+    x = x_BHTD.float().contiguous()
     if scale_H is not None:
         return States(_pack(_codes(x / scale_H.view(-1, 1, 1), spec.grid), spec.grid))
     assert isinstance(spec.scale, torch.dtype)
