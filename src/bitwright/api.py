@@ -21,6 +21,7 @@ from bitwright.pipeline.texts import (
     tokenize,
 )
 from bitwright.request import EFFORTS, Prediction, Prepared, prepare, resolve
+from bitwright.runtime.kv_load import cache_factory
 from bitwright.runtime.load import format_of, load_model, read_layer
 from bitwright.schemes.plan import Calibration
 from bitwright.schemes.scheme import Scheme
@@ -112,7 +113,9 @@ def evaluate(
     tokens = tokenize(load_tokenizer(checkpoint), read_text(text))
     chosen = evaluation_windows(tokens, windows, sequence_length)
     other = load_model(resolve(reference)) if reference is not None else None
-    return evaluate_model(load_model(checkpoint), chosen, reference=other, progress=progress)
+    network = load_model(checkpoint)
+    cache = cache_factory(checkpoint, network)
+    return evaluate_model(network, chosen, reference=other, new_cache=cache, progress=progress)
 
 
 def load(model: str | Path) -> tuple[Any, Any]:
@@ -124,6 +127,7 @@ def load(model: str | Path) -> tuple[Any, Any]:
 def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str:
     """The model's greedy answer to one prompt, through its chat template if it has one."""
     network, tokenizer = load(model)
+    new_cache = cache_factory(resolve(model), network)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -134,6 +138,7 @@ def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str
         out = network.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
+            past_key_values=new_cache() if new_cache else None,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,

@@ -55,7 +55,7 @@ def quantize(
         str | None, typer.Option(help="Keys and values as none, fp8, int8 or int4.")
     ] = None,
     input_range: Annotated[
-        str, typer.Option(help="Of static scales: absmax, percentile, mse, moving-average.")
+        str, typer.Option(help="Static scales cover: absmax, percentile, mse, moving-average.")
     ] = "absmax",
     format: Annotated[str, typer.Option(help="On-disk format.")] = "compressed-tensors",
     calibration: Annotated[

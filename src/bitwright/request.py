@@ -129,6 +129,8 @@ def prepare(
     calibrated_inputs = parsed.input is not None and needs_calibrated_scale(parsed.input)
     if calibrated_inputs:
         options["input_range"] = _known("input range", input_range, RANGES)
+    if parsed.has_static_cache:
+        options["kv_search"] = _known("cache range", input_range, ("absmax", "percentile", "mse"))
     source = resolve(model)
     if format_of(source) is not None:
         raise BadRequest(f"{source.folder} is already quantized: start from the original model")
@@ -150,7 +152,8 @@ def prepare(
     for name, shape in kept.items():
         fmt.check(name, shape, parsed)
     layers += _outside(topology)
-    if calibration is None and (chosen.needs_calibration or calibrated_inputs):
+    calibrated_cache = parsed.has_static_cache
+    if calibration is None and (chosen.needs_calibration or calibrated_inputs or calibrated_cache):
         calibration = "pydoc"
     plan = Plan(
         scheme=parsed,

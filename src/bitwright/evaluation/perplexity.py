@@ -30,17 +30,19 @@ def evaluate_model(
     windows_NT: Tensor,
     *,
     reference: Any | None = None,
+    new_cache: Callable[[], Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Score every window on its own, each token from the ones before it in the window.
 
     KL divergence is KL(reference || model) over the whole vocabulary; top-1 agreement is the
     share of positions where both rank the same token first. Logits are compared a few rows at
-    a time, so memory holds hidden states of one window, not its logits.
+    a time, so memory holds hidden states of one window, not its logits. ``new_cache`` makes the
+    empty key-value cache that ``model`` attends through; without one, nothing is cached.
     """
     start = time.perf_counter()
     probe = windows_NT[0, :8]
-    score = _scorer(model, probe)
+    score = _scorer(model, probe, new_cache)
     score_reference = _scorer(reference, probe) if reference is not None else None
     nll = reference_nll = divergence = agreement = 0.0
     count = 0
@@ -73,20 +75,27 @@ def evaluate_model(
     )
 
 
-def _scorer(model: Any, probe_T: Tensor) -> Callable[[Tensor], Callable[[slice], Tensor]]:
+def _scorer(
+    model: Any, probe_T: Tensor, new_cache: Callable[[], Any] | None = None
+) -> Callable[[Tensor], Callable[[slice], Tensor]]:
     """Tokens -> (rows -> their logits), through the hidden states if that is all there is to it.
 
     Some models scale or shift their logits; where a few tokens show it, the whole logits of a
     window are kept instead.
     """
 
+    def caching() -> dict[str, Any]:
+        if new_cache is None:
+            return {"use_cache": False}
+        return {"use_cache": True, "past_key_values": new_cache()}
+
     def by_rows(tokens_T: Tensor) -> Callable[[slice], Tensor]:
-        hidden_TD = _hidden(model, tokens_T)
+        hidden_TD = _hidden(model, tokens_T, caching())
         return lambda rows: _logits(model, hidden_TD[rows])
 
     def whole(tokens_T: Tensor) -> Callable[[slice], Tensor]:
         with torch.no_grad():
-            logits_TV: Tensor = model(input_ids=tokens_T[None], use_cache=False).logits[0]
+            logits_TV: Tensor = model(input_ids=tokens_T[None], **caching()).logits[0]
         return lambda rows: logits_TV[rows].float()
 
     everything = slice(0, len(probe_T))
@@ -95,9 +104,9 @@ def _scorer(model: Any, probe_T: Tensor) -> Callable[[Tensor], Callable[[slice],
     return by_rows if difference <= 0.02 * expected.abs().amax() else whole
 
 
-def _hidden(model: Any, tokens_T: Tensor) -> Tensor:
+def _hidden(model: Any, tokens_T: Tensor, caching: dict[str, Any]) -> Tensor:
     with torch.no_grad():
-        out = model.base_model(input_ids=tokens_T[None], use_cache=False)
+        out = model.base_model(input_ids=tokens_T[None], **caching)
     hidden: Tensor = out.last_hidden_state[0]
     return hidden
 

@@ -24,7 +24,12 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BadCheckpoint, BadRequest, BadShape
-from bitwright.formats.ct_arguments import arguments_of, spec_of
+from bitwright.formats.ct_arguments import (
+    arguments_of,
+    cache_arguments_of,
+    cache_spec_of,
+    spec_of,
+)
 from bitwright.formats.packing import pack, pack_nibbles, unpack, unpack_nibbles
 from bitwright.numerics.grids import E2M1, E4M3, E8M0, IntGrid
 from bitwright.numerics.groups import PER_TENSOR, scale_shape
@@ -142,9 +147,8 @@ class CompressedTensors:
     def cache_spec(self, config: Mapping[str, Any]) -> Spec | None:
         """From ``kv_cache_scheme``."""
         parsed = _parse(json.dumps(config, sort_keys=True))
-        if parsed.kv_cache_scheme is None:
-            return None
-        return spec_of(parsed.kv_cache_scheme, torch.float32)
+        scheme = parsed.kv_cache_scheme
+        return None if scheme is None else cache_spec_of(scheme)
 
     def quantized_names(self, tensor_names: set[str]) -> set[str]:
         """Layers that have weight scales."""
@@ -169,6 +173,7 @@ class CompressedTensors:
         config = QuantizationConfig(
             config_groups=groups,
             ignore=ignored,
+            kv_cache_scheme=cache_arguments_of(scheme.kv_cache for scheme in schemes),
             format=layouts[0] if len(set(layouts)) == 1 else "mixed-precision",
             quantization_status="compressed",
         )

@@ -1,5 +1,7 @@
 """Spec <-> the QuantizationArgs of the compressed-tensors package."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +44,20 @@ def _strategy(spec: Spec, activation: bool) -> dict[str, Any]:
     if rows == 1:
         return {"strategy": "tensor_group" if spec.two_level else "group", "group_size": cols}
     return {"strategy": "block", "block_structure": [rows, cols]}
+
+
+def cache_arguments_of(specs: Iterable[Spec | None]) -> Any:
+    """The kv_cache_scheme of a model whose layers all have the same cache; None for 16 bits."""
+    spec = next((spec for spec in specs if spec is not None), None)
+    if spec is None or spec.mode == "dynamic" or spec.group == PER_TENSOR:
+        return None if spec is None else arguments_of(spec, activation=True)
+    arguments = arguments_of(replace(spec, group=PER_TENSOR), activation=True)
+    return arguments.model_copy(update={"strategy": "attn_head"})
+
+
+def cache_spec_of(arguments: Any) -> Spec:
+    """Inverse of `cache_arguments_of`: static scales are float32, run-time ones bfloat16."""
+    return spec_of(arguments, torch.bfloat16 if arguments.dynamic else torch.float32)
 
 
 def spec_of(arguments: Any, scale: torch.dtype = torch.bfloat16) -> Spec:

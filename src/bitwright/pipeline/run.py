@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.methods.compose import parse_method
+from bitwright.pipeline.cache_scales import block_scales, observing
 from bitwright.pipeline.calibrate import HiddenStates, advance, collect
 from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, folder_bytes, require_space
 from bitwright.pipeline.folds import apply_fold, find_folds
@@ -28,7 +29,7 @@ from bitwright.pipeline.topology import (
 )
 from bitwright.schemes.plan import Plan
 from bitwright.schemes.protocols import Format
-from bitwright.schemes.quantized import QuantizedLinear, dequantize
+from bitwright.schemes.quantized import CacheScales, QuantizedLinear, dequantize
 from bitwright.schemes.stats import InputStats, scaled_stats
 
 Progress = Callable[[int, int, str], None]
@@ -36,10 +37,12 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, eq=False)
 class SolvedBlock:
-    """Codes by layer name, and the other tensors that folding rewrote, by checkpoint name."""
+    """Codes by layer name, the other tensors that folding rewrote, by checkpoint name, and the
+    static scales of keys and values by attention name."""
 
     codes: dict[str, QuantizedLinear]
     changed: dict[str, Tensor]
+    cache: dict[str, CacheScales] = field(default_factory=dict)
 
 
 def quantize_checkpoint(
@@ -171,7 +174,13 @@ def quantize_block(
                 new[f"{module}.weight"] = dequantize(solved.codes[name])
         materialize(topology.model, new, dtype)
         block: nn.Module = topology.block(index)
-        advance(block, hidden, index)
+        if (kv_cache := plan.scheme.kv_cache) is not None and kv_cache.mode == "static":
+            with observing(block) as observer:
+                advance(block, hidden, index)
+            search = plan.options.get("kv_search", "absmax")
+            solved.cache.update(block_scales(topology, index, observer.seen, kv_cache, search))
+        else:
+            advance(block, hidden, index)
         release(block)
     return solved
 
@@ -262,9 +271,7 @@ def _tuned(
         factor=factor, seed=plan.seed, say=progress,
     )  # fmt: skip
     report.refinement = vars(outcome)
-    return [
-        SolvedBlock({name: better[name] for name in block.codes}, block.changed) for block in blocks
-    ]
+    return [replace(block, codes={name: better[name] for name in block.codes}) for block in blocks]
 
 
 def _inside(topology: Topology) -> set[str]:
@@ -298,6 +305,8 @@ def _encoded(solved: SolvedBlock, tensors: Mapping[str, Tensor], fmt: Format) ->
         del out[f"{name}.weight"]
         bias = out.pop(f"{name}.bias", None)
         out |= fmt.encode(name, replace(q, bias_O=bias))
+    for attention, scales in solved.cache.items():
+        out |= fmt.encode_cache(attention, scales)
     return out
 
 

@@ -78,6 +78,11 @@ class Scheme:
         suffix = "" if self.input.grid.bits == 4 else f"-{_grid_suffix(self.input.grid)}"
         return f"W{weight_bits}A{self.input.grid.bits}{suffix}{kv}"
 
+    @property
+    def has_static_cache(self) -> bool:
+        """Whether keys and values need calibrated scales."""
+        return self.kv_cache is not None and self.kv_cache.mode == "static"
+
     def with_weight(self, *, group_size: int | None = None, asymmetric: bool = False) -> "Scheme":
         """This scheme with another group size (-1: per channel) or with zero points."""
         weight = self.weight
@@ -191,7 +196,7 @@ def _input_spec(name: str, weight_bits: int, bits: int, kind: str | None) -> Spe
 
 def _kv_spec(name: str, bits: int, kind: str | None) -> Spec:
     if bits == 4 and kind in (None, "INT4"):
-        return Spec(IntGrid(4), PER_TOKEN, scale=torch.float32, mode="dynamic")
+        return Spec(IntGrid(4), PER_TOKEN, scale=torch.bfloat16, mode="dynamic")
     if bits == 8 and kind in (None, "FP8"):
         return Spec(E4M3, PER_TENSOR, scale=torch.float32)
     if bits == 8 and kind == "INT8":
