@@ -5,11 +5,12 @@ rounds all the others more finely:
 
 - absmax: the largest value seen;
 - percentile: the value that all but a share of 1e-4 of the inputs stay under;
-- mse: the one of 48 fractions of the largest value with the least squared error;
+- mse: the one of 64 fractions of the largest value, from 1 to 0.02, with the least squared error;
 - moving-average: of every batch's largest value, weight 0.1 on the newest (as observers of
   quantization-aware training do, Jacob et al. 2018, section 3.1).
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -25,8 +26,8 @@ Range = Literal["absmax", "percentile", "mse", "moving-average"]
 RANGES: tuple[str, ...] = get_args(Range)
 
 SHARE = 1e-4
-FRACTIONS = 48
-SMALLEST_FRACTION = 0.05
+FRACTIONS = 64
+SMALLEST_FRACTION = 0.02
 MOMENTUM = 0.1
 
 
@@ -56,7 +57,7 @@ def input_scale(stats: InputStats, spec: Spec, how: Range = "absmax") -> Tensor:
 
 def _least_error(sample_TI: Tensor, largest: Tensor, spec: Spec) -> Tensor:
     best, least = largest, torch.inf
-    for fraction in torch.linspace(1.0, SMALLEST_FRACTION, FRACTIONS):
+    for fraction in torch.logspace(0, math.log10(SMALLEST_FRACTION), FRACTIONS):
         tried = largest * fraction
         rounded = round_input(sample_TI, spec, tried / spec.grid.largest)
         error = float((rounded - sample_TI).square().sum())
