@@ -2,17 +2,17 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bitwright.commands import plan
+from bitwright.commands.screen import Json, Model, Quiet, screen
+from bitwright.commands.screen import progress as _progress
 from bitwright.errors import BadRequest, BitwrightError
 
 app = typer.Typer(
@@ -21,7 +21,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-screen = Console(stderr=True)
 
 
 class Device(StrEnum):
@@ -30,11 +29,6 @@ class Device(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
-
-
-Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or GGUF file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
 
 
 @app.command()
@@ -210,6 +204,9 @@ def inspect(model: Model, as_json: Json = False) -> None:
     out.print(f"total {found['bytes'] / 1e6:.1f} MB")
 
 
+app.command()(plan.plan)
+
+
 def main() -> None:
     """Entry point of the ``bitwright`` command."""
     try:
@@ -227,23 +224,6 @@ def main() -> None:
 def _require_device(device: Device) -> None:
     if device is Device.CUDA:
         raise BadRequest("--device cuda: this version computes on the CPU only; use auto or cpu")
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Any]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    hidden = quiet or not screen.is_interactive  # elsewhere it would leave a blank line
-    with Progress(*columns, console=screen, disable=hidden, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda done, total, note: bar.update(
-            task, completed=done, total=total, description=note
-        )
 
 
 def _print_plan(prepared: Any) -> None:
