@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bitwright.commands import plan
+from bitwright.commands import plan, report
 from bitwright.commands.screen import Json, Model, Quiet, screen
 from bitwright.commands.screen import progress as _progress
 from bitwright.errors import BadRequest, BitwrightError
@@ -69,8 +69,9 @@ def quantize(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize MODEL into the folder OUT."""
+    """Quantize MODEL into the folder OUT; times, memory and versions into OUT.run.json."""
     from bitwright import api
+    from bitwright.commands import record
 
     quiet = quiet or as_json
     _require_device(device)
@@ -107,33 +108,34 @@ def quantize(
             _print_plan(prepared)
         return
     with _progress(quiet) as advance:
-        report = api.execute(prepared, out, overwrite=overwrite, progress=advance)
+        done = api.execute(prepared, out, overwrite=overwrite, progress=advance)
+    record.write_json(record.run_file(out), record.describe(done, record.command_line()))
     layers = [
         {key: value for key, value in asdict(row).items() if value not in ("", None)}
-        for row in report.layers
+        for row in done.layers
     ]
     result = {
         "output": out,
-        "scheme": report.plan.scheme.name,
-        "method": report.plan.method,
-        "bits_per_weight": report.plan.bits_per_weight,
-        "bytes_before": report.bytes_before,
-        "bytes_after": report.bytes_after,
-        "seconds": report.seconds,
-        "peak_rss_bytes": report.peak_rss_bytes,
+        "scheme": done.plan.scheme.name,
+        "method": done.plan.method,
+        "bits_per_weight": done.plan.bits_per_weight,
+        "bytes_before": done.bytes_before,
+        "bytes_after": done.bytes_after,
+        "seconds": done.seconds,
+        "peak_rss_bytes": done.peak_rss_bytes,
         "layers": layers,
     }
     if as_json:
         print(json.dumps(result))
     elif not quiet:
-        for row in report.layers:
+        for row in done.layers:
             if row.fallback:
                 screen.print(f"[yellow]fallback[/] {row.name}: {row.fallback}")
         screen.print(
-            f"{out}: {report.plan.scheme.name} by {report.plan.method}, "
-            f"{report.plan.bits_per_weight:.3f} bits per weight, "
-            f"{report.bytes_before / 1e6:.1f} -> {report.bytes_after / 1e6:.1f} MB, "
-            f"{report.seconds:.1f} s, peak {report.peak_rss_bytes / 1e6:.0f} MB"
+            f"{out}: {done.plan.scheme.name} by {done.plan.method}, "
+            f"{done.plan.bits_per_weight:.3f} bits per weight, "
+            f"{done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB, "
+            f"{done.seconds:.1f} s, peak {done.peak_rss_bytes / 1e6:.0f} MB"
         )
 
 
@@ -205,6 +207,7 @@ def inspect(model: Model, as_json: Json = False) -> None:
 
 
 app.command()(plan.plan)
+app.command()(report.report)
 
 
 def main() -> None:

@@ -106,10 +106,10 @@ def _facts(hidden: int, inner: int, layers: int, experts: int = 0) -> ModelFacts
     count = layers * (experts or 1)
     linears.append(Matrices((inner, hidden), count, layers))
     size = sum(m.size * m.count for m in linears)
-    cache = CacheLayer(2 * hidden, 16, None)
+    caches = (CacheLayer(2 * hidden, 16, None),) * layers
     table = (320, hidden)
     return ModelFacts("made", size + 2 * 320 * hidden, tuple(linears), table, table, False, 0,
-                      layers, hidden, hidden // 16, 16, experts, 1, (cache,) * layers, None)  # fmt: skip
+                      layers, hidden, hidden // 16, 16, experts, 1, caches, None)  # fmt: skip
 
 
 shapes = st.builds(

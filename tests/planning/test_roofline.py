@@ -114,8 +114,8 @@ def test_more_memory_never_needs_more_devices(setting: Setting, context: int) ->
 @given(setting=settings)
 def test_the_crossing_is_where_the_terms_cross(setting: Setting) -> None:
     """Up to the batch, reading takes longer; from it on, multiplying does (dense models)."""
-    dense = replace(setting, model=replace(setting.model, other=0,
-                    linears=tuple(replace(m, count=m.chosen) for m in setting.model.linears)))  # fmt: skip
+    linears = tuple(replace(m, count=m.chosen) for m in setting.model.linears)
+    dense = replace(setting, model=replace(setting.model, other=0, linears=linears))
     batch = memory_bound_until(dense, 0)
     assert batch is not None
     at = decode_step(dense, batch, 1)
