@@ -101,7 +101,7 @@ def scatter(
         )
         width = 5.6 * len(label)
         left = at_x + 7 if at_x + 7 + width < WIDTH else at_x - 7 - width
-        line = at_y - 5
+        line = at_y - (9 if left < at_x else 5)
         while any(abs(line - b) < 11 and left < c and a < left + width for a, b, c in placed):
             line += 11 if line < axes.height - BOTTOM - 12 else -33
         placed.append((left, line, left + width))
@@ -116,14 +116,14 @@ def heat_map(
     """A cell per (row, column), on a logarithmic scale of one colour."""
     present = [value for value in values.values() if value > 0]
     low, high = (min(present), max(present)) if present else (1e-6, 1.0)
-    top, left = 58, 34
+    top, left = 66, 34
     side = 13 if len(rows) <= 40 else 9
-    width = (WIDTH - left - 6) / max(len(columns), 1)
+    width = (WIDTH - left - 26) / max(len(columns), 1)
     parts = []
     for index, column in enumerate(columns):
         at = left + (index + 0.5) * width
         parts.append(
-            f'<text class="tick" transform="translate({at:.1f} {top - 5}) rotate(-40)">'
+            f'<text class="tick" transform="translate({at:.1f} {top - 5}) rotate(-52)">'
             f"{escape(column)}</text>"
         )
     every = 1 if side > 10 and len(rows) <= 16 else 5
@@ -201,13 +201,14 @@ def lines(
     y_label: str,
     *,
     log_y: bool = False,
-    from_zero: bool = True,
 ) -> str:
     """One line per series, at most six in different colours, with a legend."""
     points = [p for _, line in series for p in line]
-    span = _span(p[1] for p in points if p[1] > 0 or not log_y)
-    if from_zero and not log_y:
-        span = (0.0, span[1])
+    if log_y:
+        positive = [p[1] for p in points if p[1] > 0] or [1.0]
+        span = (min(positive) / 1.2, max(positive) * 1.2)
+    else:
+        span = (0.0, _span(p[1] for p in points)[1])
     axes = Axes(_span(p[0] for p in points), span, log_y=log_y)
     legend = 14 * math.ceil(len(series) / 2) if len(series) > 1 else 0
     parts = axes.frame(x_label, y_label)
@@ -261,7 +262,11 @@ def ticks(low: float, high: float, log: bool, most: int) -> list[float]:
         first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
         every = max(1, math.ceil((last - first + 1) / most))
         found = [10.0**power for power in range(first, last + 1, every)]
-        return found if len(found) > 1 else [low, high]
+        if len(found) > 2:
+            return found
+        many = [m * 10.0**power for power in range(first - 1, last + 2) for m in (1, 2, 5)]
+        finer = [value for value in many if low * 0.999 <= value <= high * 1.001]
+        return finer if len(finer) > 1 else [low, high]
     rough = (high - low) / most
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * f for f in (1, 2, 2.5, 5, 10) if unit * f >= rough * 0.999)

@@ -79,6 +79,7 @@ def _histogram(values: Tensor, grid: list[float]) -> dict[str, Any]:
     flat = values.flatten().double()
     flat = flat[flat.isfinite()]
     low, high = float(flat.min()), float(flat.max())
+    step = 0.0
     if grid:
         step = (max(grid) - min(grid)) / max(len(grid) - 1, 1)
         low, high = min(low, min(grid) - step), max(high, max(grid) + step)
@@ -86,7 +87,17 @@ def _histogram(values: Tensor, grid: list[float]) -> dict[str, Any]:
         low, high = low - 1, low + 1
     counts = torch.histc(flat, BINS, low, high)
     edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
-    return {"edges": edges.tolist(), "counts": counts.tolist(), "grid": grid}
+    outside = 0.0
+    if grid:
+        outside = float(
+            ((flat < min(grid) - step / 2) | (flat > max(grid) + step / 2)).double().mean()
+        )
+    return {
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+        "grid": grid,
+        "outside": outside,
+    }
 
 
 def _per_weight(q: QuantizedLinear, value_RG: Tensor) -> Tensor:
