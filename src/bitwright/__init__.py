@@ -10,14 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "generate", "inspect", "load", "prepare", "quantize"]
+__all__ = ["evaluate", "generate", "inspect", "load", "make_report", "plan", "prepare", "quantize"]
 
 if TYPE_CHECKING:
     from bitwright.api import evaluate, generate, inspect, load, prepare, quantize
+    from bitwright.commands.report import make_report
+    from bitwright.planning.plan import plan
+
+_ELSEWHERE = {"plan": "bitwright.planning.plan", "make_report": "bitwright.commands.report"}
 
 
 def __getattr__(name: str) -> Any:
     """Import the verbs, and torch with them, only when they are first used."""
     if name in __all__:
-        return getattr(import_module("bitwright.api"), name)
+        return getattr(import_module(_ELSEWHERE.get(name, "bitwright.api")), name)
     raise AttributeError(f"module 'bitwright' has no attribute {name!r}")

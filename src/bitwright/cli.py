@@ -2,17 +2,17 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bitwright.commands import plan, report
+from bitwright.commands.screen import Json, Model, Quiet, screen
+from bitwright.commands.screen import progress as _progress
 from bitwright.errors import BadRequest, BitwrightError
 
 app = typer.Typer(
@@ -21,7 +21,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-screen = Console(stderr=True)
 
 
 class Device(StrEnum):
@@ -30,11 +29,6 @@ class Device(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
-
-
-Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or GGUF file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
 
 
 @app.command()
@@ -87,8 +81,9 @@ def quantize(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize MODEL into the folder OUT."""
+    """Quantize MODEL into the folder OUT; times, memory and versions into OUT.run.json."""
     from bitwright import api
+    from bitwright.commands import record
 
     quiet = quiet or as_json
     _require_device(device)
@@ -129,33 +124,34 @@ def quantize(
             _print_plan(prepared)
         return
     with _progress(quiet) as advance:
-        report = api.execute(prepared, out, overwrite=overwrite, progress=advance)
+        done = api.execute(prepared, out, overwrite=overwrite, progress=advance)
+    record.write_json(record.run_file(out), record.describe(done, record.command_line()))
     layers = [
         {key: value for key, value in asdict(row).items() if value not in ("", None)}
-        for row in report.layers
+        for row in done.layers
     ]
     result = {
         "output": out,
-        "scheme": report.plan.scheme.name,
-        "method": report.plan.method,
-        "bits_per_weight": report.plan.bits_per_weight,
-        "bytes_before": report.bytes_before,
-        "bytes_after": report.bytes_after,
-        "seconds": report.seconds,
-        "peak_rss_bytes": report.peak_rss_bytes,
+        "scheme": done.plan.scheme.name,
+        "method": done.plan.method,
+        "bits_per_weight": done.plan.bits_per_weight,
+        "bytes_before": done.bytes_before,
+        "bytes_after": done.bytes_after,
+        "seconds": done.seconds,
+        "peak_rss_bytes": done.peak_rss_bytes,
         "layers": layers,
     }
     if as_json:
         print(json.dumps(result))
     elif not quiet:
-        for row in report.layers:
+        for row in done.layers:
             if row.fallback:
                 screen.print(f"[yellow]fallback[/] {row.name}: {row.fallback}")
         screen.print(
-            f"{out}: {report.plan.scheme.name} by {report.plan.method}, "
-            f"{report.plan.bits_per_weight:.3f} bits per weight, "
-            f"{report.bytes_before / 1e6:.1f} -> {report.bytes_after / 1e6:.1f} MB, "
-            f"{report.seconds:.1f} s, peak {report.peak_rss_bytes / 1e6:.0f} MB"
+            f"{out}: {done.plan.scheme.name} by {done.plan.method}, "
+            f"{done.plan.bits_per_weight:.3f} bits per weight, "
+            f"{done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB, "
+            f"{done.seconds:.1f} s, peak {done.peak_rss_bytes / 1e6:.0f} MB"
         )
 
 
@@ -226,6 +222,10 @@ def inspect(model: Model, as_json: Json = False) -> None:
     out.print(f"total {found['bytes'] / 1e6:.1f} MB")
 
 
+app.command()(plan.plan)
+app.command()(report.report)
+
+
 def main() -> None:
     """Entry point of the ``bitwright`` command."""
     try:
@@ -243,23 +243,6 @@ def main() -> None:
 def _require_device(device: Device) -> None:
     if device is Device.CUDA:
         raise BadRequest("--device cuda: this version computes on the CPU only; use auto or cpu")
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Any]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    hidden = quiet or not screen.is_interactive  # elsewhere it would leave a blank line
-    with Progress(*columns, console=screen, disable=hidden, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda done, total, note: bar.update(
-            task, completed=done, total=total, description=note
-        )
 
 
 def _print_plan(prepared: Any) -> None:

@@ -11,6 +11,10 @@ from torch.nn.functional import log_softmax
 
 ROWS = 256
 
+# Called for some positions of a window with (window, first position, the model's and the
+# reference's log-probabilities (T, V), the tokens that followed (T,)).
+Observe = Callable[[int, int, Tensor, Tensor | None, Tensor], None]
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -32,6 +36,7 @@ def evaluate_model(
     reference: Any | None = None,
     new_cache: Callable[[], Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    observe: Observe = lambda window, first, log_p, log_r, targets: None,
 ) -> Evaluation:
     """Score every window on its own, each token from the ones before it in the window.
 
@@ -56,11 +61,13 @@ def evaluate_model(
             target = targets[rows, None]
             log_p = log_softmax(logits(rows), -1)
             nll -= float(log_p.gather(1, target).sum(dtype=torch.float64))
+            log_r = None
             if reference_logits is not None:
                 log_r = log_softmax(reference_logits(rows), -1)
                 reference_nll -= float(log_r.gather(1, target).sum(dtype=torch.float64))
                 agreement += float((log_p.argmax(-1) == log_r.argmax(-1)).sum())
                 divergence += float((log_r.exp() * (log_r - log_p)).sum(dtype=torch.float64))
+            observe(index, first, log_p, log_r, targets[rows])
         count += len(targets)
     progress(len(windows_NT), len(windows_NT))
     has_reference = reference is not None

@@ -26,9 +26,17 @@ class LayerReport:
     ignored: str = ""
 
 
+@dataclass(frozen=True)
+class BlockCost:
+    """What one block took: seconds of its own, and the process's peak memory when it was done."""
+
+    seconds: float
+    peak_rss_bytes: int
+
+
 @dataclass
 class Report:
-    """The result of a run; everything but seconds and memory goes into the output folder."""
+    """The result of a run; everything but times and memory goes into the output folder."""
 
     plan: Plan
     layers: list[LayerReport] = field(default_factory=list)
@@ -37,6 +45,7 @@ class Report:
     bytes_after: int = 0
     seconds: float = 0.0
     peak_rss_bytes: int = 0
+    blocks: list[BlockCost] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The part that is a function of model, plan and text alone."""

@@ -16,7 +16,7 @@ from bitwright.pipeline.folds import apply_fold, find_folds
 from bitwright.pipeline.inputs import SharedInput, shared_inputs
 from bitwright.pipeline.memory import peak_rss_bytes, return_freed_memory
 from bitwright.pipeline.refine import Effort, output_factor, refine
-from bitwright.pipeline.report import Report
+from bitwright.pipeline.report import BlockCost, Report
 from bitwright.pipeline.solve import choose_input_scale, input_of, solve_layers
 from bitwright.pipeline.topology import (
     Topology,
@@ -81,6 +81,7 @@ def quantize_checkpoint(
         waiting: list[SolvedBlock] = []
         for index in range(count):
             progress(index, count, f"block {index + 1} of {count}")
+            began = time.perf_counter()
             tensors = source.read(topology.block_tensors(index).values())
             solved = quantize_block(source, topology, index, tensors, plan, hidden, report)
             if tune:
@@ -89,6 +90,7 @@ def quantize_checkpoint(
                 writer.write_shard(_encoded(solved, tensors, fmt))
             del solved, tensors
             return_freed_memory()
+            report.blocks.append(BlockCost(time.perf_counter() - began, peak_rss_bytes()))
         if hidden is not None:
             hidden.close()
         if tune:

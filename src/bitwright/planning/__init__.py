@@ -1,0 +1,1 @@
+"""What will happen: sizes, speeds and a recommendation from config.json alone."""
