@@ -50,8 +50,13 @@ def times_hadamard(x: Tensor, block: int, *, transposed: bool = False) -> Tensor
         order = len(matrix)
         rest //= order
         matrix = matrix.to(x) / math.sqrt(order)
-        out = (out.reshape(-1, order, rest).transpose(1, 2) @ matrix).transpose(1, 2)
+        out = out.reshape(-1, order) @ matrix if rest == 1 else _over(out, matrix, rest)
     return out.reshape(x.shape)
+
+
+def _over(x: Tensor, matrix: Tensor, rest: int) -> Tensor:
+    """The product along the middle axis of (..., order, rest)."""
+    return matrix.T @ x.reshape(-1, len(matrix), rest)
 
 
 def random_signs(n: int, seed: int) -> Tensor:

@@ -161,8 +161,9 @@ def _rotate_ends(
     hidden, calls = run_until_blocks(topology, tokens)
     if hidden.shape[-1] != rotation.width:
         raise UnsupportedModel(
-            f"{type(model).__name__} embeds tokens in {rotation.width} channels but its blocks work "
-            f"on {hidden.shape[-1]}: what lies between cannot be rotated; quantize without rotations"
+            f"{type(model).__name__} embeds tokens in {rotation.width} channels but its blocks "
+            f"work on {hidden.shape[-1]}: what lies between cannot be rotated; quantize without "
+            "rotations"
         )
     head_name, embedding_weight = called[head], f"{called[embedding]}.weight"
 

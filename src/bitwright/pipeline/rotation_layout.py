@@ -46,11 +46,17 @@ class Heads:
     output: str
     size: int
 
+    def renamed(self, old: str, new: str) -> "Heads":
+        """The same place in another block."""
+        value, output = self.value.removeprefix(old), self.output.removeprefix(old)
+        return Heads(new + value, new + output, self.size)
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a block is rotated; names of modules, except for gains."""
+    """Where the block ``prefix`` is rotated; names of modules, except for gains."""
 
+    prefix: str
     norms: tuple[Norm, ...]
     writers: tuple[str, ...]
     heads: tuple[Heads, ...]
@@ -63,13 +69,7 @@ def rotated_block(
     """A block's parameters in the rotated basis; float64 in and out."""
     out = dict(tensors)
     for heads in layout.heads:
-        for name, change in ((heads.value, writing), (heads.output, reading)):
-            weight = f"{name}.weight"
-            side = tensors[weight].shape[0 if change is writing else 1]
-            turn = head_rotation(side, heads.size, seed + 1)
-            out[weight] = change(out[weight], turn)
-            if change is writing and f"{name}.bias" in out:
-                out[f"{name}.bias"] = writing(out[f"{name}.bias"], turn)
+        rotate_heads(heads, out, seed)
     for entry in layout.online:
         for key in (f"{name}.weight" for name in entry.layers):
             out[key] = reading(out[key], online_rotation(out[key].shape[1], entry.block))
@@ -80,6 +80,15 @@ def rotated_block(
             if parameter in out:
                 out[parameter] = writing(out[parameter], rotation)
     return out
+
+
+def rotate_heads(heads: Heads, out: dict[str, Tensor], seed: int) -> None:
+    """Rotate what v puts out and o reads, head by head."""
+    for name, change, side in ((heads.value, writing, 0), (heads.output, reading, 1)):
+        for key in (f"{name}.weight", f"{name}.bias") if side == 0 else (f"{name}.weight",):
+            if key in out:
+                turn = head_rotation(out[key].shape[side], heads.size, seed + 1)
+                out[key] = change(out[key], turn)
 
 
 def rotate_readers(norm: Norm, out: dict[str, Tensor], rotation: Rotation) -> None:
@@ -131,18 +140,21 @@ def find_layout(
         name for name, m in linears.items()
         if name not in readers and m.out_features == rotation.width
     )  # fmt: skip
-    found = []
+    found: list[Heads] = []
     if heads:
-        sizes = [h.size for h in before.heads] if before else []
-        for writer in writers:
-            found += _heads(topology, tensors, linears, readers, writer, run, seed, sizes)
+        if before is not None:
+            found = [h.renamed(before.prefix, prefix) for h in before.heads]
+        if before is None or not _keeps(topology, tensors, found, run, seed):
+            found = []
+            for writer in writers:
+                found += _heads(topology, tensors, linears, readers, writer, run, seed)
     rest = [name for name in writers if name not in [h.output for h in found]]
     transforms = []
     for name in rest if online else []:
         width = linears[name].in_features
         size = power_of_two_in(width) if blocks == "power of two" else full_or_blocks(width)
         transforms.append(OnlineHadamard(size, (name,)))
-    return Layout(tuple(norms), writers, tuple(found), tuple(transforms))
+    return Layout(prefix, tuple(norms), writers, tuple(found), tuple(transforms))
 
 
 def find_norms(
@@ -233,29 +245,34 @@ def _heads(
     output: str,
     run: Run,
     seed: int,
-    sizes: Sequence[int],
 ) -> list[Heads]:
     """The v of an o and the size of their heads: the largest rotation that changes nothing."""
     width = linears[output].in_features
-    expected: Tensor | None = None
     for value in reversed(readers):
         rows = linears[value].out_features
-        if width % rows:
-            continue
-        every = [h for h in range(rows, 7, -1) if rows % h == 0 and has_hadamard(h)]
-        for size in dict.fromkeys([*(h for h in sizes if rows % h == 0), *every]):
-            heads = Heads(value, output, size)
-            layout = Layout((), (), (heads,), ())
-            turned = rotated_block(layout, tensors, Rotation(1, torch.ones(1)), seed)
-            changed = [f"{value}.weight", f"{value}.bias", f"{output}.weight"]
-            changed = [name for name in changed if name in turned]
-            expected = run() if expected is None else expected
-            materialize(topology.model, {n: turned[n] for n in changed}, torch.float32)
-            actual = run()
-            materialize(topology.model, {n: tensors[n] for n in changed}, torch.float32)
-            if difference(actual, expected) < TOLERANCE:
-                return [heads]
+        sizes = (h for h in range(rows, 7, -1) if rows % h == 0 and has_hadamard(h))
+        for size in sizes if width % rows == 0 else ():
+            heads = [Heads(value, output, size)]
+            if _keeps(topology, tensors, heads, run, seed):
+                return heads
     return []
+
+
+def _keeps(
+    topology: Topology, tensors: Mapping[str, Tensor], heads: list[Heads], run: Run, seed: int
+) -> bool:
+    """Whether rotating these heads leaves the block's function as it is."""
+    if any(f"{name}.weight" not in tensors for h in heads for name in (h.value, h.output)):
+        return False
+    expected = run()
+    out = dict(tensors)
+    for one in heads:
+        rotate_heads(one, out, seed)
+    changed = [name for name in out if out[name] is not tensors[name]]
+    materialize(topology.model, {n: out[n] for n in changed}, torch.float32)
+    actual = run()
+    materialize(topology.model, {n: tensors[n] for n in changed}, torch.float32)
+    return difference(actual, expected) < TOLERANCE
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
