@@ -100,9 +100,8 @@ def rotate_checkpoint(
         writer.copy_companions(source.folder)
         writer.write_json("config.json", config)
         writer.commit()
-    except BaseException:
-        writer.discard()
-        raise
+    finally:
+        writer.discard()  # nothing is left to discard after a commit
     release(topology.model)
     progress(count, count, "done")
     return open_checkpoint(target)
