@@ -15,6 +15,7 @@ from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, folder_b
 from bitwright.pipeline.folds import apply_fold, find_folds
 from bitwright.pipeline.inputs import SharedInput, shared_inputs
 from bitwright.pipeline.memory import peak_rss_bytes, return_freed_memory
+from bitwright.pipeline.online import transform_config
 from bitwright.pipeline.refine import Effort, output_factor, refine
 from bitwright.pipeline.report import BlockCost, Report
 from bitwright.pipeline.solve import choose_input_scale, input_of, solve_layers
@@ -323,6 +324,8 @@ def _finish(
     ignored = [layer.name for layer in plan.layers if layer.scheme is None]
     config = dict(source.config)
     config["quantization_config"] = fmt.config(schemes, ignored)
+    if (transforms := transform_config(config)) is not None:
+        config["quantization_config"]["transform_config"] = transforms
     writer.copy_companions(source.folder)
     writer.write_json("config.json", config)
     writer.write_json("quantization_report.json", report.to_json())

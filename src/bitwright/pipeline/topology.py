@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from bitwright.errors import BadCheckpoint, BadTensor, UnsupportedModel
 from bitwright.pipeline.checkpoint import Checkpoint
+from bitwright.pipeline.online import install_online
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +115,7 @@ def build_empty(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> n
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    install_online(model, checkpoint.config)
     return model  # type: ignore[no-any-return]
 
 
