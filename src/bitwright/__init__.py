@@ -10,14 +10,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "generate", "inspect", "load", "make_report", "plan", "prepare", "quantize"]
+__all__ = [
+    "evaluate",
+    "generate",
+    "inspect",
+    "load",
+    "make_report",
+    "plan",
+    "prepare",
+    "quantize",
+    "rotate_model",
+]
 
 if TYPE_CHECKING:
     from bitwright.api import evaluate, generate, inspect, load, prepare, quantize
     from bitwright.commands.report import make_report
+    from bitwright.commands.rotate import rotate_model
     from bitwright.planning.plan import plan
 
-_ELSEWHERE = {"plan": "bitwright.planning.plan", "make_report": "bitwright.commands.report"}
+_ELSEWHERE = {
+    "make_report": "bitwright.commands.report",
+    "plan": "bitwright.planning.plan",
+    "rotate_model": "bitwright.commands.rotate",
+}
 
 
 def __getattr__(name: str) -> Any:

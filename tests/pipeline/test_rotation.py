@@ -12,6 +12,7 @@ from support.fixtures import ModelFactory
 from support.models import distance, logits, make_model, reference_logits
 from torch import Tensor, nn
 
+import bitwright
 from bitwright.api import load, quantize
 from bitwright.errors import BadCheckpoint, BadRequest, UnsupportedModel
 from bitwright.pipeline.checkpoint import Checkpoint, open_checkpoint
@@ -237,3 +238,27 @@ def test_a_damaged_record_is_refused(record: dict[str, Any], llama: Path) -> Non
     model = load(llama)[0]
     with pytest.raises(BadCheckpoint, match=r"config\.json"):
         install_online(model, {KEY: record})
+
+
+def test_a_rotated_model_is_quantized_and_read_like_any_other(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    bitwright.rotate_model(llama, tmp_path / "rotated")
+    with pytest.raises(BadRequest, match="exists"):
+        bitwright.rotate_model(llama, tmp_path / "rotated")
+    same = bitwright.evaluate(
+        tmp_path / "rotated", reference=llama, text=str(text), windows=2, sequence_length=64
+    )
+    assert same.kl_divergence is not None
+    assert same.kl_divergence < 1e-6
+    bitwright.quantize(
+        tmp_path / "rotated", tmp_path / "out", scheme="W4A4", method="gptq", group_size=32,
+        calibration=str(text), samples=8, sequence_length=32,
+    )  # fmt: skip
+    with pytest.raises(BadRequest, match="quantized"):
+        bitwright.rotate_model(tmp_path / "out", tmp_path / "again")
+    low = bitwright.evaluate(
+        tmp_path / "out", reference=llama, text=str(text), windows=2, sequence_length=64
+    )
+    assert low.kl_divergence is not None
+    assert 1e-3 < low.kl_divergence < 2
