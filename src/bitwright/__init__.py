@@ -10,18 +10,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "generate", "inspect", "load", "make_report", "plan", "prepare", "quantize"]
+__all__ = [
+    "compare", "evaluate", "generate", "inspect", "load", "plan", "prepare", "quantize", "report",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from bitwright.api import evaluate, generate, inspect, load, prepare, quantize
-    from bitwright.commands.report import make_report
+    from bitwright.commands.compare import compare_schemes as compare
+    from bitwright.commands.report import make_report as report
     from bitwright.planning.plan import plan
 
-_ELSEWHERE = {"plan": "bitwright.planning.plan", "make_report": "bitwright.commands.report"}
+_ELSEWHERE = {
+    "plan": ("bitwright.planning.plan", "plan"),
+    "report": ("bitwright.commands.report", "make_report"),
+    "compare": ("bitwright.commands.compare", "compare_schemes"),
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import the verbs, and torch with them, only when they are first used."""
     if name in __all__:
-        return getattr(import_module(_ELSEWHERE.get(name, "bitwright.api")), name)
+        module, inside = _ELSEWHERE.get(name, ("bitwright.api", name))
+        return getattr(import_module(module), inside)
     raise AttributeError(f"module 'bitwright' has no attribute {name!r}")
