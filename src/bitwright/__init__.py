@@ -11,32 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "evaluate",
-    "generate",
-    "inspect",
-    "load",
-    "make_report",
-    "plan",
-    "prepare",
-    "quantize",
-    "rotate_model",
-]
+    "compare", "evaluate", "generate", "inspect", "load", "plan", "prepare", "quantize", "report",
+    "rotate",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from bitwright.api import evaluate, generate, inspect, load, prepare, quantize
-    from bitwright.commands.report import make_report
-    from bitwright.commands.rotate import rotate_model
+    from bitwright.commands.compare import compare_schemes as compare
+    from bitwright.commands.report import make_report as report
+    from bitwright.commands.rotate import rotate_model as rotate
     from bitwright.planning.plan import plan
 
 _ELSEWHERE = {
-    "make_report": "bitwright.commands.report",
-    "plan": "bitwright.planning.plan",
-    "rotate_model": "bitwright.commands.rotate",
+    "plan": ("bitwright.planning.plan", "plan"),
+    "report": ("bitwright.commands.report", "make_report"),
+    "compare": ("bitwright.commands.compare", "compare_schemes"),
+    "rotate": ("bitwright.commands.rotate", "rotate_model"),
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import the verbs, and torch with them, only when they are first used."""
     if name in __all__:
-        return getattr(import_module(_ELSEWHERE.get(name, "bitwright.api")), name)
+        module, inside = _ELSEWHERE.get(name, ("bitwright.api", name))
+        return getattr(import_module(module), inside)
     raise AttributeError(f"module 'bitwright' has no attribute {name!r}")

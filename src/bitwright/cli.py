@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bitwright.commands import plan, report, rotate
+from bitwright.commands import compare, plan, report, rotate
 from bitwright.commands.screen import Json, Model, Quiet, screen
 from bitwright.commands.screen import progress as _progress
 from bitwright.errors import BadRequest, BitwrightError
@@ -225,6 +225,7 @@ def inspect(model: Model, as_json: Json = False) -> None:
 app.command()(plan.plan)
 app.command()(report.report)
 app.command()(rotate.rotate)
+app.command()(compare.compare)
 
 
 def main() -> None:

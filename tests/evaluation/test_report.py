@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.cli import Ran, run_here
 
-from bitwright import make_report, quantize
+from bitwright import quantize
+from bitwright import report as make_report
 from bitwright.errors import BadRequest
 from bitwright.evaluation.report import charts, collect
 from bitwright.evaluation.report.page import pareto

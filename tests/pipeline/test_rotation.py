@@ -243,9 +243,9 @@ def test_a_damaged_record_is_refused(record: dict[str, Any], llama: Path) -> Non
 def test_a_rotated_model_is_quantized_and_read_like_any_other(
     llama: Path, text: Path, tmp_path: Path
 ) -> None:
-    bitwright.rotate_model(llama, tmp_path / "rotated")
+    bitwright.rotate(llama, tmp_path / "rotated")
     with pytest.raises(BadRequest, match="exists"):
-        bitwright.rotate_model(llama, tmp_path / "rotated")
+        bitwright.rotate(llama, tmp_path / "rotated")
     same = bitwright.evaluate(
         tmp_path / "rotated", reference=llama, text=str(text), windows=2, sequence_length=64
     )
@@ -256,7 +256,7 @@ def test_a_rotated_model_is_quantized_and_read_like_any_other(
         calibration=str(text), samples=8, sequence_length=32,
     )  # fmt: skip
     with pytest.raises(BadRequest, match="quantized"):
-        bitwright.rotate_model(tmp_path / "out", tmp_path / "again")
+        bitwright.rotate(tmp_path / "out", tmp_path / "again")
     low = bitwright.evaluate(
         tmp_path / "out", reference=llama, text=str(text), windows=2, sequence_length=64
     )

@@ -37,12 +37,14 @@ def candidate_of(
     *,
     original: Checkpoint | None = None,
     reference: Any | None = None,
+    remembered: Any | None = None,
     run: dict[str, Any] | None = None,
     progress: Progress = lambda done, total, note: None,
 ) -> Candidate:
     """Everything about one quantized checkpoint; measured on ``windows_NT`` if there are any.
 
-    ``original`` and ``reference``: the checkpoint it was made from, and that one's model.
+    ``original`` and ``reference``: the checkpoint it was made from, and that one's model;
+    ``remembered``: the same model, for scoring, if it keeps what it computed.
     """
     report = read_json(checkpoint.folder / "quantization_report.json")
     rows = report.get("layers", [])
@@ -56,7 +58,7 @@ def candidate_of(
     details: dict[str, Any] = {"weights": collect.weights(checkpoint, original, rows)}
     if windows_NT is not None:
         model = load_model(checkpoint)
-        found, scores = measure(model, reference, windows_NT, name, progress)
+        found, scores = measure(model, remembered or reference, windows_NT, name, progress)
         row |= found
         if reference is not None:
             tokenizer = load_tokenizer(checkpoint)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from bitwright.numerics.grids import FloatGrid
 from bitwright.planning.hardware import Device
 from bitwright.planning.model import ModelFacts
 from bitwright.schemes.plan import automatic_group_size
@@ -47,6 +48,21 @@ SCHEMES: tuple[SchemeFacts, ...] = (
     SchemeFacts("GGUF-Q4_K", 4, "", "gguf", "gguf", "", _KIND.Q4_K),
     SchemeFacts("GGUF-Q4_0", 4, "", "gguf", "gguf", "", _KIND.Q4_0),
 )
+
+
+def scheme_facts(name: str) -> SchemeFacts:
+    """The facts of any scheme that `parse_scheme` knows. Raises UnknownName."""
+    known = next((scheme for scheme in SCHEMES if scheme.name == name), None)
+    if known is not None:
+        return known
+    scheme = parse_scheme(name)
+    bits = scheme.weight.grid.bits
+    if scheme.input is None:
+        return SchemeFacts(name, bits, "", "weight-only", "weight-only", "")
+    kind = "FP" if isinstance(scheme.input.grid, FloatGrid) else "INT"
+    needs = f"{kind}{scheme.input.grid.bits}"
+    kernel = "4-bit-float" if needs == "FP4" else "8-bit"
+    return SchemeFacts(name, bits, needs, kernel, "weight-only", _AS_WEIGHTS)
 
 
 def is_native(scheme: SchemeFacts, device: Device) -> bool:

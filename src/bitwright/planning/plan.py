@@ -24,6 +24,7 @@ from bitwright.planning.memory import (
     cache_bytes,
     cache_bytes_per_token,
     is_native,
+    scheme_facts,
     weight_bytes,
 )
 from bitwright.planning.model import ModelFacts, model_facts
@@ -120,6 +121,22 @@ def plan(
             "overheads": asdict(overheads()),
         },
     }
+
+
+def predicted_tokens_per_second(
+    model: str | Path, schemes: Sequence[str], gpu: str, context: int
+) -> dict[str, float | None]:
+    """What one stream decodes on one device, by scheme; None where the weights do not fit.
+
+    Raises UnknownName for a device or scheme that is not known.
+    """
+    device, facts, costs = find_device(gpu), model_facts(model), overheads()
+    found: dict[str, float | None] = {}
+    for name in schemes:
+        here = Setting(scheme_facts(name), facts, device, 1, 16, kernels(), costs)
+        fits = sequences_that_fit(here, context) > 0
+        found[name] = 1 / decode_step(here, 1, context).seconds if fits else None
+    return found
 
 
 def _row(scheme: SchemeFacts, facts: ModelFacts, bits: CacheBits) -> dict[str, Any]:
