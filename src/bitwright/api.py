@@ -26,7 +26,7 @@ from bitwright.pipeline.texts import (
     tokenize,
 )
 from bitwright.pipeline.topology import Topology, compute_dtype, discover, layer_name
-from bitwright.runtime.load import format_of, load_model, read_layer
+from bitwright.runtime.load import format_of, load_model, read_layer, stored_config
 from bitwright.schemes.plan import Calibration, Layer, Plan, automatic_group_size
 from bitwright.schemes.protocols import Format
 from bitwright.schemes.scheme import Scheme, parse_scheme
@@ -128,8 +128,8 @@ def prepare(
     GPTQ's; ``smoothing`` is SmoothQuant's strength, searched if None. Raises BadRequest,
     BadShape, UnknownName, UnsupportedModel or BadCheckpoint.
     """
-    parsed = parse_scheme(scheme)
     fmt = get_format(format)
+    parsed = parse_scheme(scheme).with_scales(fmt.scale_dtype)
     chosen = parse_method(method)
     options: dict[str, Any] = {"search": _known("scale search", search, ("mse", "absmax"))}
     if chosen.solver != "rtn":
@@ -296,7 +296,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         row = {"name": name, "shape": list(q.shape), "scheme": scheme}
         rows.append(row | {"bits": q.bits_per_weight, "bytes": parts[name]} | details)
     rows.sort(key=lambda row: str(row["name"]))
-    ignored = checkpoint.config.get("quantization_config", {}).get("ignore", [])
+    ignored = fmt.ignored(stored_config(checkpoint)) if fmt else []
     return {
         "model": str(checkpoint.folder),
         "format": fmt.name if fmt else "unquantized",

@@ -29,6 +29,7 @@ class CompressedTensors:
     """The Format of `--format compressed-tensors`."""
 
     name = "compressed-tensors"
+    scale_dtype = None
 
     def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
         """Integer weights in one-row groups that divide the input width."""
@@ -136,6 +137,14 @@ class CompressedTensors:
             # its compressed layout expects them unpacked. Other readers ignore the key.
             out["dequantize"] = True
         return out
+
+    def ignored(self, config: Mapping[str, Any]) -> list[str]:
+        """The ``ignore`` list."""
+        return list(config.get("ignore") or [])
+
+    def companions(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """None: config.json says everything."""
+        return {}
 
 
 def _weight_args(spec: Spec) -> Any:

@@ -90,6 +90,12 @@ class Scheme:
             weight = replace(weight, grid=grid, asymmetric=True)
         return replace(self, weight=weight)
 
+    def with_scales(self, dtype: torch.dtype | None) -> "Scheme":
+        """This scheme with weight scales stored as ``dtype``; None changes nothing."""
+        if dtype is None or not isinstance(self.weight.scale, torch.dtype):
+            return self
+        return replace(self, weight=replace(self.weight, scale=dtype))
+
 
 _FP8_CHANNEL = Spec(E4M3, PER_CHANNEL)
 _FP8_TOKEN = Spec(E4M3, PER_TOKEN, scale=torch.float32, mode="dynamic")
