@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from support.layers import assert_same, linears, random_linear
 
 from bitwright.errors import BadCheckpoint, BadRequest, BadShape
 from bitwright.formats import get_format
@@ -18,7 +19,6 @@ from bitwright.numerics.grids import E4M3, IntGrid
 from bitwright.numerics.groups import PER_CHANNEL
 from bitwright.schemes.quantized import QuantizedLinear, dequantize
 from bitwright.schemes.scheme import Scheme, Spec, parse_scheme
-from support.layers import assert_same, linears, random_linear
 
 NAME = "model.layers.0.self_attn.q_proj"
 GPTQ, AWQ = get_format("gptq"), get_format("awq")

@@ -1,4 +1,4 @@
-"""W4A16 checkpoints in a real vLLM, against bitwright's forward of the dequantized weights.
+"""W4A16 checkpoints in a real vLLM, in every format, against bitwright's own forward pass.
 
 vLLM computes in float16 and bitwright in float32: what is compared is the meaning of the stored
 weights. In bfloat16 either side's own rounding moves log-probabilities by more than that.
@@ -26,11 +26,14 @@ PROMPTS = ("assignment", "booleans", "comparisons", "exceptions")
 PROMPT_TOKENS = 96
 NEW_TOKENS = 32
 VLLM_SECONDS = 900
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "group-symmetric": {"group_size": "auto"},
     "group-asymmetric": {"group_size": 32, "asymmetric": True},
     "channel-symmetric": {"group_size": -1},
     "channel-asymmetric": {"group_size": -1, "asymmetric": True},
+    "gptq": {"format": "gptq", "group_size": 64},
+    "gptq-channel": {"format": "gptq", "group_size": -1},
+    "awq": {"format": "awq", "group_size": 64, "asymmetric": True},
 }
 
 

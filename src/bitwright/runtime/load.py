@@ -13,7 +13,6 @@ from bitwright.pipeline.topology import build_empty, compute_dtype, match_names,
 from bitwright.schemes.protocols import Format
 from bitwright.schemes.quantized import QuantizedLinear, dequantize
 
-
 OLDER_NAMES = {"auto_gptq": "gptq", "auto_awq": "awq"}
 COMPANIONS = ("quantize_config.json", "quant_config.json")
 
