@@ -10,14 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "generate", "inspect", "load", "prepare", "quantize"]
+__all__ = ["convert", "evaluate", "generate", "inspect", "load", "prepare", "quantize"]
 
 if TYPE_CHECKING:
     from bitwright.api import evaluate, generate, inspect, load, prepare, quantize
+    from bitwright.api_convert import convert
 
 
 def __getattr__(name: str) -> Any:
     """Import the verbs, and torch with them, only when they are first used."""
     if name in __all__:
-        return getattr(import_module("bitwright.api"), name)
+        module = "bitwright.api_convert" if name == "convert" else "bitwright.api"
+        return getattr(import_module(module), name)
     raise AttributeError(f"module 'bitwright' has no attribute {name!r}")

@@ -27,6 +27,7 @@ class Awq:
 
     name = "awq"
     scale_dtype = torch.float16
+    symmetric = False
 
     def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
         """Asymmetric 4-bit weights; out_features a multiple of 8."""

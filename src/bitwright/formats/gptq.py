@@ -32,6 +32,7 @@ class Gptq:
 
     name = "gptq"
     scale_dtype = torch.float16
+    symmetric = True
 
     def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
         """2, 3, 4 or 8-bit integers, weights only, both sides multiples of 32."""

@@ -81,7 +81,7 @@ def load_model(
     plain = checkpoint
     if fmt is not None:
         quantized = fmt.quantized_names(set(checkpoint.tensors))
-        plain = _dense_view(checkpoint, fmt, quantized)
+        plain = dense_view(checkpoint, fmt, quantized)
     model = build_empty(plain, trust_remote_code=trust_remote_code)
     dtype = dtype or compute_dtype(plain)
     for parameter, tensor in match_names(model, plain).items():
@@ -100,7 +100,7 @@ def load_model(
     return model
 
 
-def _dense_view(checkpoint: Checkpoint, fmt: Format, quantized: set[str]) -> Checkpoint:
+def dense_view(checkpoint: Checkpoint, fmt: Format, quantized: set[str]) -> Checkpoint:
     """The checkpoint as it would look unquantized, for matching names.
 
     The shape of a quantized layer is left empty: only decoding it tells.

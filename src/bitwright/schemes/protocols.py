@@ -23,6 +23,11 @@ class Format(Protocol):
         """The dtype weight scales are stored in; None if any will do."""
         ...
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether weights without zero points can be stored."""
+        ...
+
     def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
         """Raises BadRequest or BadShape if a layer of this shape cannot be stored."""
         ...
