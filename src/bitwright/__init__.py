@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "compare", "evaluate", "generate", "inspect", "load", "plan", "prepare", "quantize", "report",
-    "rotate",
+    "compare", "convert", "evaluate", "generate", "inspect", "load", "plan", "prepare", "quantize",
+    "report", "rotate",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from bitwright.api import evaluate, generate, inspect, load, prepare, quantize
+    from bitwright.api_convert import convert
     from bitwright.commands.compare import compare_schemes as compare
     from bitwright.commands.report import make_report as report
     from bitwright.commands.rotate import rotate_model as rotate
@@ -26,6 +27,7 @@ _ELSEWHERE = {
     "plan": ("bitwright.planning.plan", "plan"),
     "report": ("bitwright.commands.report", "make_report"),
     "compare": ("bitwright.commands.compare", "compare_schemes"),
+    "convert": ("bitwright.api_convert", "convert"),
     "rotate": ("bitwright.commands.rotate", "rotate_model"),
 }
 

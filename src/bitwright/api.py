@@ -22,7 +22,7 @@ from bitwright.pipeline.texts import (
 )
 from bitwright.request import EFFORTS, Prediction, Prepared, prepare, resolve
 from bitwright.runtime.kv_load import cache_factory
-from bitwright.runtime.load import format_of, load_model, read_layer
+from bitwright.runtime.load import format_of, load_model, read_layer, stored_config
 from bitwright.schemes.plan import Calibration
 from bitwright.schemes.scheme import Scheme
 
@@ -170,7 +170,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         row = {"name": name, "shape": list(q.shape), "scheme": scheme}
         rows.append(row | {"bits": q.bits_per_weight, "bytes": parts[name]} | details)
     rows.sort(key=lambda row: str(row["name"]))
-    ignored = checkpoint.config.get("quantization_config", {}).get("ignore", [])
+    ignored = fmt.ignored(stored_config(checkpoint)) if fmt else []
     return {
         "model": str(checkpoint.folder),
         "format": fmt.name if fmt else "unquantized",

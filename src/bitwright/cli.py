@@ -156,6 +156,37 @@ def quantize(
 
 
 @app.command()
+def convert(
+    model: Model,
+    out: Annotated[str, typer.Argument(help="Folder to write.")],
+    format: Annotated[str, typer.Option(help="compressed-tensors, gptq or awq.")],
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Round again what cannot be kept, at a loss.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write a quantized MODEL in another format, codes and scales unchanged."""
+    from bitwright.api_convert import convert as run
+
+    with _progress(quiet or as_json) as advance:
+        done = run(
+            model, out, format=format, requantize=requantize, overwrite=overwrite, progress=advance
+        )
+    if as_json:
+        print(json.dumps(asdict(done)))
+    elif not quiet:
+        for name, reason in done.requantized.items():
+            screen.print(f"[yellow]requantized[/] {name}: {reason}")
+        kept = done.layers - len(done.requantized)
+        screen.print(
+            f"{out}: {done.source_format} -> {done.format}, codes of {kept} of {done.layers} "
+            f"layers kept, {done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB"
+        )
+
+
+@app.command()
 def evaluate(
     model: Model,
     reference: Annotated[str | None, typer.Option(help="The original, for divergence.")] = None,

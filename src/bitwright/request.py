@@ -16,6 +16,7 @@ from bitwright.numerics.grids import IntGrid
 from bitwright.numerics.groups import dividing_sizes
 from bitwright.pipeline.checkpoint import Checkpoint, open_checkpoint
 from bitwright.pipeline.gguf_import import gguf_folder
+from bitwright.pipeline.online import transform_config
 from bitwright.pipeline.run import predicted_bytes
 from bitwright.pipeline.topology import Topology, compute_dtype, discover, layer_name
 from bitwright.runtime.load import format_of
@@ -115,8 +116,9 @@ def prepare(
     change what the scheme's name says; ``input_range``: see methods.ranges. Raises BadRequest,
     BadShape, UnknownName, UnsupportedModel or BadCheckpoint.
     """
-    parsed = _adjusted(parse_scheme(scheme), activations, granularity, kv_cache)
     fmt = get_format(format)
+    parsed = _adjusted(parse_scheme(scheme), activations, granularity, kv_cache)
+    parsed = parsed.with_scales(fmt.scale_dtype)
     chosen = parse_method(method)
     options: dict[str, Any] = {"search": _known("scale search", search, ("mse", "absmax"))}
     if chosen.solver != "rtn":
@@ -134,6 +136,11 @@ def prepare(
     source = resolve(model)
     if format_of(source) is not None:
         raise BadRequest(f"{source.folder} is already quantized: start from the original model")
+    if fmt.name != "compressed-tensors" and transform_config(source.config) is not None:
+        raise BadRequest(
+            f"{source.folder} rotates inputs while running, which only compressed-tensors can "
+            "say: rotate with --no-online, or write that format"
+        )
     topology = discover(source, trust_remote_code=trust_remote_code)
     shapes = {
         layer_name(topology, name): (linear.out_features, linear.in_features)

@@ -1,4 +1,4 @@
-"""Checkpoints in a real vLLM, against bitwright's forward of the dequantized weights.
+"""Checkpoints in a real vLLM, in every format, against bitwright's own forward pass.
 
 vLLM computes in float16 and bitwright in float32: what is compared is the meaning of the stored
 weights. In bfloat16 either side's own rounding moves log-probabilities by more than that.
@@ -27,7 +27,7 @@ PROMPT_TOKENS = 96
 NEW_TOKENS = 32
 VLLM_SECONDS = 900
 CALIBRATION = {"samples": 16, "sequence_length": 256}
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "group-symmetric": {"group_size": "auto"},
     "group-asymmetric": {"group_size": 32, "asymmetric": True},
     "channel-symmetric": {"group_size": -1},
@@ -36,6 +36,9 @@ CASES = {
     "int8-static": {"scheme": "W8A8-INT8", "activations": "static"} | CALIBRATION,
     "w4a8-int8": {"scheme": "W4A8-INT8", "group_size": 64},
     "fp8-dynamic": {"scheme": "W8A8-FP8"},
+    "gptq": {"format": "gptq", "group_size": 64},
+    "gptq-channel": {"format": "gptq", "group_size": -1},
+    "awq": {"format": "awq", "group_size": 64, "asymmetric": True},
 }
 
 

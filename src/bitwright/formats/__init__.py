@@ -1,10 +1,12 @@
 """On-disk formats as pure pairs: no modules, no files."""
 
 from bitwright.errors import UnknownName
+from bitwright.formats.awq import Awq
 from bitwright.formats.compressed_tensors import CompressedTensors
+from bitwright.formats.gptq import Gptq
 from bitwright.schemes.protocols import Format
 
-FORMATS: dict[str, Format] = {"compressed-tensors": CompressedTensors()}
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (CompressedTensors(), Gptq(), Awq())}
 
 
 def get_format(name: str) -> Format:

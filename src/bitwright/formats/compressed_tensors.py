@@ -45,6 +45,8 @@ class CompressedTensors:
     """The Format of `--format compressed-tensors`."""
 
     name = "compressed-tensors"
+    scale_dtype = None
+    symmetric = True
 
     def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
         """There must be a layout, and groups must divide the input width."""
@@ -183,6 +185,14 @@ class CompressedTensors:
             # its compressed layout expects them unpacked. Other readers ignore the key.
             out["dequantize"] = True
         return out
+
+    def ignored(self, config: Mapping[str, Any]) -> list[str]:
+        """The ``ignore`` list."""
+        return list(config.get("ignore") or [])
+
+    def companions(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """None: config.json says everything."""
+        return {}
 
 
 def layout_of(scheme: Scheme) -> str:

@@ -3,7 +3,10 @@
 Dense little-endian packing: 32 codes of b bits fill exactly b int32 words; code i of the 32
 occupies bits [i*b, (i+1)*b) of the words seen as one long number, lowest bits first, so 3-,
 5-, 6- and 7-bit codes cross word borders. For 2, 4 and 8 bits no code crosses one. This is
-the layout of compressed-tensors (>= 0.19) and, along the other axis, of GPTQ's qweight.
+the layout of compressed-tensors (>= 0.19) and, along the other axis, of GPTQ's qweight
+(whose 3-bit form, 10 + 1 + 10 + 1 + 10 codes in three words, is the same thing).
+
+AWQ packs eight 4-bit codes of neighbouring output rows into a word, even rows first.
 """
 
 import torch
@@ -56,3 +59,21 @@ def pack_nibbles(codes_OI: Tensor) -> Tensor:
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """Inverse of `pack_nibbles`."""
     return torch.stack([packed & 0xF, packed >> 4], -1).flatten(1)
+
+
+_AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # which of eight neighbours sits in nibble 0, 1, ...
+_AWQ_INVERSE = [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def pack_awq(codes: Tensor) -> Tensor:
+    """uint8 4-bit codes (A, B) -> int32 words (A, ceil(B / 8)), in AWQ's nibble order."""
+    rows, cols = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -cols % 8))
+    return pack(padded.reshape(-1, 8)[:, _AWQ_ORDER].reshape(rows, -1), 4)
+
+
+def unpack_awq(words: Tensor, side: int) -> Tensor:
+    """Inverse of `pack_awq`: int32 words -> uint8 codes, ``side`` of them per row."""
+    codes = unpack(words, 4, words.shape[1] * 8)
+    ordered = codes.reshape(-1, 8)[:, _AWQ_INVERSE].reshape(len(words), -1)
+    return ordered[:, :side]

@@ -328,5 +328,7 @@ def _finish(
         config["quantization_config"]["transform_config"] = transforms
     writer.copy_companions(source.folder)
     writer.write_json("config.json", config)
+    for file, value in fmt.companions(config["quantization_config"]).items():
+        writer.write_json(file, value)
     writer.write_json("quantization_report.json", report.to_json())
     writer.commit()

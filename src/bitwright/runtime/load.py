@@ -1,5 +1,6 @@
 """A checkpoint, quantized or not, as a transformers model ready to run."""
 
+import json
 from typing import Any
 
 import torch
@@ -13,13 +14,50 @@ from bitwright.schemes.inputs import round_input
 from bitwright.schemes.protocols import Format
 from bitwright.schemes.quantized import QuantizedLinear, dequantize
 
+OLDER_NAMES = {"auto_gptq": "gptq", "auto_awq": "awq"}
+COMPANIONS = ("quantize_config.json", "quant_config.json")
+
+
+def stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How a checkpoint says it is quantized; empty if it is not.
+
+    Older tools say it in a file of its own, or under the key ``compression_config``; the key
+    quant_method is filled in where it is missing or goes by another name.
+    """
+    config = checkpoint.config.get("quantization_config")
+    config = config or checkpoint.config.get("compression_config") or _companion(checkpoint)
+    if not config:
+        return {}
+    method = config.get("quant_method") or config.get("method")
+    if method is None and ("zero_point" in config or "w_bit" in config):
+        method = "awq"
+    elif method is None and "desc_act" in config:
+        method = "gptq"
+    elif method is None and "config_groups" in config:
+        method = "compressed-tensors"
+    return config | {"quant_method": OLDER_NAMES.get(str(method), method or "(none)")}
+
+
+def _companion(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    if not any(name.endswith(".qweight") for name in checkpoint.tensors):
+        return None
+    for file in COMPANIONS:
+        path = checkpoint.folder / file
+        if path.is_file():
+            try:
+                value = json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, OSError) as error:
+                raise BadCheckpoint(f"{path} cannot be read as JSON: {error}") from error
+            return value if isinstance(value, dict) else None
+    raise BadCheckpoint(f"{checkpoint.folder} has packed weights, but no quantization_config")
+
 
 def format_of(checkpoint: Checkpoint) -> Format | None:
     """The format a checkpoint is stored in; None if it is not quantized."""
-    config = checkpoint.config.get("quantization_config")
-    if config is None:
+    config = stored_config(checkpoint)
+    if not config:
         return None
-    method = config.get("quant_method", "(none)")
+    method = config["quant_method"]
     if method not in FORMATS:
         raise BadCheckpoint(f"quantization method {method!r} cannot be read; known: "
                             f"{', '.join(FORMATS)}")  # fmt: skip
@@ -29,7 +67,7 @@ def format_of(checkpoint: Checkpoint) -> Format | None:
 def read_layer(checkpoint: Checkpoint, fmt: Format, name: str) -> QuantizedLinear:
     """One quantized layer."""
     stored = [tensor for tensor in checkpoint.tensors if tensor.rpartition(".")[0] == name]
-    return fmt.decode(name, checkpoint.read(stored), checkpoint.config["quantization_config"])
+    return fmt.decode(name, checkpoint.read(stored), stored_config(checkpoint))
 
 
 def load_model(
@@ -45,7 +83,7 @@ def load_model(
     plain = checkpoint
     if fmt is not None:
         quantized = fmt.quantized_names(set(checkpoint.tensors))
-        plain = _dense_view(checkpoint, fmt, quantized)
+        plain = dense_view(checkpoint, fmt, quantized)
     model = build_empty(plain, trust_remote_code=trust_remote_code)
     dtype = dtype or compute_dtype(plain)
     for parameter, tensor in match_names(model, plain).items():
@@ -74,7 +112,7 @@ def round_inputs(linear: nn.Module, q: QuantizedLinear) -> None:
     linear.register_forward_pre_hook(lambda _, args: (round_input(args[0], spec, scale),))
 
 
-def _dense_view(checkpoint: Checkpoint, fmt: Format, quantized: set[str]) -> Checkpoint:
+def dense_view(checkpoint: Checkpoint, fmt: Format, quantized: set[str]) -> Checkpoint:
     """The checkpoint as it would look unquantized, for matching names.
 
     The shape of a quantized layer is left empty: only decoding it tells.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from bitwright.schemes.quantized import CacheScales, QuantizedLinear
@@ -15,6 +16,16 @@ class Format(Protocol):
     @property
     def name(self) -> str:
         """What `--format` calls it."""
+        ...
+
+    @property
+    def scale_dtype(self) -> torch.dtype | None:
+        """The dtype weight scales are stored in; None if any will do."""
+        ...
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether weights without zero points can be stored."""
         ...
 
     def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
@@ -49,4 +60,12 @@ class Format(Protocol):
 
     def config(self, layers: Mapping[str, Scheme], ignored: list[str]) -> dict[str, Any]:
         """The value of ``quantization_config`` in config.json."""
+        ...
+
+    def ignored(self, config: Mapping[str, Any]) -> list[str]:
+        """The layers that ``config`` says were left in 16 bits."""
+        ...
+
+    def companions(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Further JSON files that readers of this format look for, by file name."""
         ...

@@ -136,6 +136,12 @@ class Scheme:
         group = PER_TENSOR if granularity == "tensor" else PER_CHANNEL
         return replace(self, weight=replace(self.weight, group=group))
 
+    def with_scales(self, dtype: torch.dtype | None) -> "Scheme":
+        """This scheme with weight scales stored as ``dtype``; None changes nothing."""
+        if dtype is None or not isinstance(self.weight.scale, torch.dtype):
+            return self
+        return replace(self, weight=replace(self.weight, scale=dtype))
+
 
 _FP8_CHANNEL = Spec(E4M3, PER_CHANNEL)
 _INT8_CHANNEL = Spec(IntGrid(8), PER_CHANNEL)
