@@ -57,7 +57,7 @@ def test_llama_2_70b_cache(llama70: Path) -> None:
     facts = model_facts(llama70)
     assert cache_bytes_per_token(facts, 16) == 80 * 2 * 8 * 128 * 2 == 327_680
     assert cache_bytes_per_token(facts, 8) == 163_840
-    assert cache_bytes_per_token(facts, 4) == 80 * 2 * 8 * (64 + 2)  # a float32 scale per head
+    assert cache_bytes_per_token(facts, 4) == 80 * 2 * 8 * (64 + 2)  # a bfloat16 scale per head
     assert cache_bytes(facts, 16, 4096) == 327_680 * 4096
 
 

@@ -106,7 +106,7 @@ def test_the_cache_of_the_request(llama70: Path) -> None:
         "bytes": 327_680 * 40960,
     }
     assert cache["8"]["bytes"] == 163_840 * 40960
-    assert cache["4"]["bytes"] == 87_040 * 40960
+    assert cache["4"]["bytes"] == 84_480 * 40960
     assert {row["kv_bytes_per_token"] for row in found["schemes"]} == {163_840}
     assert found["details"]["model"]["notes"] == []
     longer = bitwright.plan(llama70, gpu="H200", context=8192)
