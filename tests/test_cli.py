@@ -32,7 +32,7 @@ QUANTIZE = {
 }  # fmt: skip
 EVALUATE = {
     "perplexity", "reference_perplexity", "kl_divergence", "top1_agreement", "windows",
-    "sequence_length", "seconds",
+    "sequence_length", "seconds", "perplexity_interval", "kl_interval",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from bitwright.pipeline.run import Progress, quantize_checkpoint
 from bitwright.pipeline.texts import (
     calibration_windows,
     evaluation_windows,
+    first_tokens,
     read_text,
     self_written,
     tokenize,
@@ -110,7 +111,7 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of a model, and its divergence from a reference, on the start of a text."""
     checkpoint = resolve(model)
-    tokens = tokenize(load_tokenizer(checkpoint), read_text(text))
+    tokens = first_tokens(load_tokenizer(checkpoint), text, windows * sequence_length)
     chosen = evaluation_windows(tokens, windows, sequence_length)
     other = load_model(resolve(reference)) if reference is not None else None
     network = load_model(checkpoint)

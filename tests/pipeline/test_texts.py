@@ -1,5 +1,6 @@
 """Texts and the windows cut from them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitwright.api import load_tokenizer
 from bitwright.errors import BadRequest
-from bitwright.pipeline.texts import calibration_windows, evaluation_windows, read_text, tokenize
+from bitwright.pipeline.checkpoint import open_checkpoint
+from bitwright.pipeline.texts import (
+    calibration_windows,
+    evaluation_windows,
+    first_tokens,
+    read_text,
+    tokenize,
+)
 
 
 def test_text_files_and_lines_of_json(tmp_path: Path) -> None:
@@ -72,3 +81,29 @@ def test_no_special_tokens_are_added(llama: Path) -> None:
     ids = tokenize(tokenizer, "the sea " * 500)
     assert ids.dtype is torch.int64
     assert tokenizer.decode(ids) == "the sea " * 500
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize("needed", [1, 100, 3000])
+def test_the_first_tokens_are_those_of_the_whole(
+    needed: int, suffix: str, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(open_checkpoint(llama))
+    lines = text.read_text(encoding="utf-8").split("\n")
+    file = tmp_path / f"long{suffix}"
+    rows = lines if suffix == ".txt" else [json.dumps({"text": line}) for line in lines]
+    file.write_text("\n".join(rows * 30), encoding="utf-8")
+    whole = tokenize(tokenizer, read_text(str(file)))
+    assert whole.numel() > 5 * (needed + 256)
+    assert torch.equal(first_tokens(tokenizer, str(file), needed), whole[:needed])
+    assert torch.equal(first_tokens(tokenizer, str(file), 10**6), whole)
+
+
+def test_a_text_longer_than_memory_is_not_read(llama: Path, text: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(open_checkpoint(llama))
+    file = tmp_path / "endless.txt"
+    file.write_text(text.read_text(encoding="utf-8") * 3, encoding="utf-8")
+    with file.open("r+b") as handle:
+        handle.truncate(1 << 42)  # a hole of four terabytes
+    whole = tokenize(tokenizer, text.read_text(encoding="utf-8"))
+    assert torch.equal(first_tokens(tokenizer, str(file), 500), whole[:500])

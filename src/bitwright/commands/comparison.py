@@ -19,7 +19,7 @@ from bitwright.evaluation.report.page import Candidate, render, write
 from bitwright.pipeline.checkpoint import open_checkpoint
 from bitwright.pipeline.memory import return_freed_memory
 from bitwright.pipeline.run import quantize_checkpoint
-from bitwright.pipeline.texts import evaluation_windows, read_text, tokenize
+from bitwright.pipeline.texts import evaluation_windows, first_tokens
 from bitwright.planning.plan import predicted_tokens_per_second
 from bitwright.runtime.load import format_of, load_model
 from bitwright.schemes.plan import Calibration
@@ -193,8 +193,9 @@ class Comparison:
     @cached_property
     def windows(self) -> Tensor:
         """The windows that all are measured on."""
-        ids = tokenize(load_tokenizer(self.source), read_text(self.settings["text"]))
-        return evaluation_windows(ids, self.settings["windows"], self.settings["sequence_length"])
+        count, length = self.settings["windows"], self.settings["sequence_length"]
+        ids = first_tokens(load_tokenizer(self.source), self.settings["text"], count * length)
+        return evaluation_windows(ids, count, length)
 
     @cached_property
     def original(self) -> Any:

@@ -18,7 +18,6 @@ from bitwright.evaluation.tokens import (
     by_position,
     divergence_summary,
     most_changed,
-    perplexity_interval,
 )
 from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.runtime.load import load_model
@@ -84,7 +83,6 @@ def measure(
             observe=scores.observe,
         )
     found = {key: value for key, value in asdict(result).items() if key in MEASUREMENTS}
-    found["perplexity_interval"] = perplexity_interval(scores)
     if result.reference_perplexity is not None:
         found["perplexity_change"] = result.perplexity / result.reference_perplexity - 1
         found |= divergence_summary(scores)

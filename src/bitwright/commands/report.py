@@ -29,7 +29,7 @@ def make_report(
     from bitwright.commands.record import versions
     from bitwright.errors import BadRequest
     from bitwright.evaluation.report.page import render, write
-    from bitwright.pipeline.texts import evaluation_windows, read_text, tokenize
+    from bitwright.pipeline.texts import evaluation_windows, first_tokens
     from bitwright.runtime.load import format_of, load_model
 
     target = Path(output).expanduser()
@@ -41,7 +41,8 @@ def make_report(
     original = checkpoint_of(reference) if reference is not None else None
     chosen = None
     if text is not None or original is not None:
-        ids = tokenize(load_tokenizer(checkpoint), read_text(text or "pydoc"))
+        needed = windows * sequence_length
+        ids = first_tokens(load_tokenizer(checkpoint), text or "pydoc", needed)
         chosen = evaluation_windows(ids, windows, sequence_length)
     candidate = candidate_of(
         checkpoint.folder.name,

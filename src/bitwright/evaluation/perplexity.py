@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from bitwright.evaluation.tokens import interval
+
 ROWS = 256
 
 # Called for some positions of a window with (window, first position, the model's and the
@@ -18,7 +20,10 @@ Observe = Callable[[int, int, Tensor, Tensor | None, Tensor], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over all predicted tokens; natural logarithms. None where there is no reference."""
+    """Means over all predicted tokens; natural logarithms. None where there is no reference.
+
+    Intervals are of 95 %, from the spread between windows (see `interval`); None for one window.
+    """
 
     perplexity: float
     reference_perplexity: float | None
@@ -27,6 +32,8 @@ class Evaluation:
     windows: int
     sequence_length: int
     seconds: float
+    perplexity_interval: tuple[float, float] | None = None
+    kl_interval: tuple[float, float] | None = None
 
 
 def evaluate_model(
@@ -51,7 +58,10 @@ def evaluate_model(
     score_reference = _scorer(reference, probe) if reference is not None else None
     nll = reference_nll = divergence = agreement = 0.0
     count = 0
+    window_nll: list[float] = []
+    window_divergence: list[float] = []
     for index, window in enumerate(windows_NT):
+        before = nll, divergence
         progress(index, len(windows_NT))
         logits = score(window[:-1])
         reference_logits = score_reference(window[:-1]) if score_reference else None
@@ -69,8 +79,11 @@ def evaluate_model(
                 divergence += float((log_r.exp() * (log_r - log_p)).sum(dtype=torch.float64))
             observe(index, first, log_p, log_r, targets[rows])
         count += len(targets)
+        window_nll.append((nll - before[0]) / len(targets))
+        window_divergence.append((divergence - before[1]) / len(targets))
     progress(len(windows_NT), len(windows_NT))
     has_reference = reference is not None
+    limits = interval(window_nll)
     return Evaluation(
         perplexity=_exp(nll / count),
         reference_perplexity=_exp(reference_nll / count) if has_reference else None,
@@ -79,6 +92,8 @@ def evaluate_model(
         windows=windows_NT.shape[0],
         sequence_length=windows_NT.shape[1],
         seconds=time.perf_counter() - start,
+        perplexity_interval=None if limits is None else (_exp(limits[0]), _exp(limits[1])),
+        kl_interval=interval(window_divergence) if has_reference else None,
     )
 
 

@@ -59,22 +59,13 @@ def interval(means: Sequence[float], z: float = 1.96) -> tuple[float, float] | N
     return middle - z * error, middle + z * error
 
 
-def perplexity_interval(scores: TokenScores) -> tuple[float, float] | None:
-    """The interval of the mean log-likelihood, exponentiated."""
-    found = interval([float(x) for x in scores.nll_by_window.double().mean(1)])
-    return None if found is None else (math.exp(found[0]), math.exp(found[1]))
-
-
 def divergence_summary(scores: TokenScores) -> dict[str, Any]:
-    """Mean, median, 99 % quantile and interval of the KL divergence over all tokens."""
-    kl_NT = scores.kl_by_window.double()
-    flat = kl_NT.flatten()
-    low_high = interval([float(x) for x in kl_NT.mean(1)])
+    """Mean, median and 99 % quantile of the KL divergence over all tokens."""
+    flat = scores.kl_by_window.double().flatten()
     return {
         "kl_mean": float(flat.mean()),
         "kl_median": float(flat.quantile(0.5)) if len(flat) < 16_000_000 else None,
         "kl_99": float(flat.kthvalue(math.ceil(0.99 * len(flat))).values),
-        "kl_interval": low_high,
     }
 
 

@@ -66,6 +66,41 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
+def first_tokens(tokenizer: Any, source: str, needed: int, margin: int = 256) -> Tensor:
+    """The first ``needed`` token ids of a text, fewer if it ends, shape (T,).
+
+    Of a file only as much is read as that takes, so its length does not matter. ``margin``
+    tokens more are made and dropped: the last ones of a cut text may differ from the whole's.
+    """
+    path = Path(source)
+    if not path.is_file():
+        return tokenize(tokenizer, read_text(source))[:needed]
+    characters = 8 * (needed + margin)
+    while True:
+        text, ended = _start_of(path, characters)
+        tokens_T = tokenize(tokenizer, text)
+        if ended or tokens_T.numel() >= needed + margin:
+            return tokens_T[:needed]
+        characters *= 2
+
+
+def _start_of(path: Path, characters: int) -> tuple[str, bool]:
+    """(at least so many characters of a file's text, whether that is all of it)."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        if path.suffix not in (".jsonl", ".ndjson"):
+            text = lines.read(characters)
+            return text, len(text) < characters
+        rows: list[str] = []
+        size = 0
+        for line in lines:
+            if line.strip():
+                rows.append(_row_text(line, path))
+                size += len(rows[-1]) + 2
+            if size >= characters:
+                return "\n\n".join(rows), False
+    return "\n\n".join(rows), True
+
+
 def calibration_windows(
     tokens_T: Tensor, samples: int, length: int, seed: int
 ) -> tuple[Tensor, str]:
