@@ -129,6 +129,8 @@ def prepare(
     BadShape, UnknownName, UnsupportedModel or BadCheckpoint.
     """
     fmt = get_format(format)
+    if group_size == "auto" and fmt.group_size is not None:
+        group_size = fmt.group_size
     parsed = parse_scheme(scheme).with_scales(fmt.scale_dtype)
     chosen = parse_method(method)
     options: dict[str, Any] = {"search": _known("scale search", search, ("mse", "absmax"))}
