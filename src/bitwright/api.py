@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from bitwright.errors import BadCheckpoint, BadRequest, BadShape, UnknownName
+from bitwright.errors import BadRequest, BadShape, UnknownName
 from bitwright.evaluation.perplexity import Evaluation, evaluate_model
 from bitwright.formats import get_format
 from bitwright.methods.compose import parse_method
 from bitwright.numerics.groups import dividing_sizes
-from bitwright.pipeline.checkpoint import Checkpoint, open_checkpoint
-from bitwright.pipeline.gguf_import import gguf_folder
+from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.memory import return_freed_memory
 from bitwright.pipeline.report import Report
 from bitwright.pipeline.run import Progress, predicted_bytes, quantize_checkpoint
@@ -26,7 +25,9 @@ from bitwright.pipeline.texts import (
     tokenize,
 )
 from bitwright.pipeline.topology import Topology, compute_dtype, discover, layer_name
+from bitwright.runtime.gguf_export import check_exportable, export_folder
 from bitwright.runtime.load import format_of, load_model, read_layer, stored_config
+from bitwright.runtime.source import load_tokenizer, resolve
 from bitwright.schemes.plan import Calibration, Layer, Plan, automatic_group_size
 from bitwright.schemes.protocols import Format
 from bitwright.schemes.scheme import Scheme, parse_scheme
@@ -58,48 +59,6 @@ class Prepared:
     plan: Plan
     fmt: Format
     prediction: Prediction
-
-
-def resolve(model: str | Path) -> Checkpoint:
-    """Open a Hugging Face folder, a GGUF file or a hub id. Raises BadCheckpoint."""
-    path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-            raise BadCheckpoint(
-                f"{path} is a pickle, which can run code when loaded and is refused: convert it "
-                "to safetensors first"
-            )
-        return open_checkpoint(gguf_folder(path))
-    name = str(model)
-    looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/"))
-    if path.exists() or not looks_like_id:
-        return open_checkpoint(path)
-    return open_checkpoint(_download(name))
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many unrelated types
-        raise BadCheckpoint(
-            f"{name} is neither a folder here nor a model the hub would give "
-            f"({type(error).__name__})"
-        ) from error
-
-
-def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer. Raises BadCheckpoint."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise BadCheckpoint(f"{checkpoint.folder} has no usable tokenizer: {error}") from error
 
 
 def prepare(
@@ -160,6 +119,8 @@ def prepare(
     ]
     for name, shape in kept.items():
         fmt.check(name, shape, parsed)
+    if fmt.name == "gguf":
+        check_exportable(source)
     layers += _outside(topology)
     if calibration is None and chosen.needs_calibration:
         calibration = "pydoc"
@@ -208,16 +169,21 @@ def execute(
         return_freed_memory()
         if note:
             plan = replace(plan, notes=(*plan.notes, note))
-    return quantize_checkpoint(
+    is_gguf = prepared.fmt.name == "gguf"  # one file, made from a folder next to it
+    folder = target.parent / f".{target.name}.staged" if is_gguf else target
+    report = quantize_checkpoint(
         prepared.source,
         prepared.topology,
-        target,
+        folder,
         plan,
         prepared.fmt,
         tokens_NT=tokens,
-        overwrite=overwrite,
+        overwrite=overwrite or is_gguf,
         progress=progress,
     )
+    if is_gguf:
+        report.bytes_after = export_folder(folder, target, overwrite=overwrite, progress=progress)
+    return report
 
 
 def calibration_tokens(

@@ -1,6 +1,8 @@
 """A checkpoint, quantized or not, as one GGUF file for llama.cpp."""
 
+import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,11 +15,12 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BadRequest
-from bitwright.formats.gguf import BLOCK_BYTES
-from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter
+from bitwright.formats.gguf import BLOCK, BLOCK_BYTES, BLOCKS
+from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from bitwright.runtime.gguf_metadata import Architecture, add_metadata, architecture, vocabulary
+from bitwright.runtime.load import stored_config
+from bitwright.runtime.source import GGUF_FILE, load_tokenizer
 
-FILE = "model.gguf"
 ROPE = "rope_freqs.weight"
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32,
@@ -51,7 +54,6 @@ class Entry:
 
 def export_gguf(
     source: Checkpoint,
-    tokenizer: Any,
     layers: Mapping[str, Blocks],
     read_blocks: Callable[[str], Tensor],
     target: Path,
@@ -69,15 +71,15 @@ def export_gguf(
     import gguf
 
     arch = architecture(source)
-    words = vocabulary(source, tokenizer, arch.vocabulary)
+    words = vocabulary(source, load_tokenizer(source), arch.vocabulary)
     entries = _entries(source, arch, layers)
     kinds = Counter(entry.kind for entry in entries if len(entry.shape) == 2)
     folder = CheckpointWriter(target, overwrite=overwrite)
     try:
         with _quiet():
-            writer = gguf.GGUFWriter(folder.folder / FILE, arch.name)
+            writer = gguf.GGUFWriter(folder.folder / GGUF_FILE, arch.name)
             kind = _FILE_TYPES[kinds.most_common(1)[0][0]]
-            add_metadata(writer, arch, words, source.folder.name, kind)
+            add_metadata(writer, arch, words, target.name, kind)
             for entry in entries:
                 _announce(writer, entry)
             writer.write_header_to_file()
@@ -92,7 +94,37 @@ def export_gguf(
     except BaseException:
         folder.discard()
         raise
-    return (target / FILE).stat().st_size
+    return (target / GGUF_FILE).stat().st_size
+
+
+def export_folder(
+    folder: Path, target: Path, *, overwrite: bool, progress: Callable[[int, int, str], None]
+) -> int:
+    """`export_gguf` of a folder that a run in the gguf format wrote; the folder is removed."""
+    try:
+        source = open_checkpoint(folder)
+        layers = {}
+        for name, kind in stored_config(source)["types"].items():
+            rows, size = source.tensors[f"{name}{BLOCKS}"].shape
+            layers[name] = Blocks(kind, (rows, size // BLOCK_BYTES[kind] * BLOCK))
+        return export_gguf(
+            source,
+            layers,
+            lambda name: source.read([f"{name}{BLOCKS}"])[f"{name}{BLOCKS}"],
+            target,
+            overwrite=overwrite,
+            report=json.loads((folder / "quantization_report.json").read_text(encoding="utf-8")),
+            progress=progress,
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_exportable(source: Checkpoint) -> None:
+    """Raises what `export_gguf` would, before any work."""
+    arch = architecture(source)
+    vocabulary(source, load_tokenizer(source), arch.vocabulary)
+    _entries(source, arch, {})
 
 
 def _entries(source: Checkpoint, arch: Architecture, layers: Mapping[str, Blocks]) -> list[Entry]:

@@ -96,7 +96,8 @@ def _rope_divisors(config: Any, head_dim: int) -> Tensor | None:
     scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     even = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     plain = 1.0 / config.rope_parameters["rope_theta"] ** even
-    return plain / scaled.float()
+    divisors: Tensor = plain / scaled.float()
+    return divisors
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def vocabulary(source: Checkpoint, tokenizer: Any, size: int) -> Vocabulary:
     special = {
         name: index
         for name in ("bos", "eos", "unk", "pad")
-        if (index := getattr(tokenizer, f"{name}_token_id")) is not None
+        # transformers may invent special tokens that the model has no embedding for
+        if (index := getattr(tokenizer, f"{name}_token_id")) is not None and index < size
     }
     ids = tokenizer("a")["input_ids"]
     template = tokenizer.chat_template
