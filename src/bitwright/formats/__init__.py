@@ -3,10 +3,11 @@
 from bitwright.errors import UnknownName
 from bitwright.formats.awq import Awq
 from bitwright.formats.compressed_tensors import CompressedTensors
+from bitwright.formats.gguf import Gguf
 from bitwright.formats.gptq import Gptq
 from bitwright.schemes.protocols import Format
 
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (CompressedTensors(), Gptq(), Awq())}
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (CompressedTensors(), Gptq(), Awq(), Gguf())}
 
 
 def get_format(name: str) -> Format:

@@ -27,6 +27,7 @@ class Awq:
 
     name = "awq"
     scale_dtype = torch.float16
+    group_size = None
     symmetric = False
 
     def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:

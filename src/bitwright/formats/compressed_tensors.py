@@ -46,6 +46,7 @@ class CompressedTensors:
 
     name = "compressed-tensors"
     scale_dtype = None
+    group_size = None
     symmetric = True
 
     def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:

@@ -32,6 +32,7 @@ class Gptq:
 
     name = "gptq"
     scale_dtype = torch.float16
+    group_size = None
     symmetric = True
 
     def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:

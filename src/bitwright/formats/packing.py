@@ -77,3 +77,13 @@ def unpack_awq(words: Tensor, side: int) -> Tensor:
     codes = unpack(words, 4, words.shape[1] * 8)
     ordered = codes.reshape(-1, 8)[:, _AWQ_INVERSE].reshape(len(words), -1)
     return ordered[:, :side]
+
+
+def pack_halves(codes: Tensor) -> Tensor:
+    """uint8 4-bit codes (N, 32) -> (N, 16) bytes: code j below code j + 16, as GGUF does."""
+    return codes[:, :16] | codes[:, 16:] << 4
+
+
+def unpack_halves(data: Tensor) -> Tensor:
+    """Inverse of `pack_halves`."""
+    return torch.cat([data & 15, data >> 4], 1)

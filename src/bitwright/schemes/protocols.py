@@ -24,6 +24,11 @@ class Format(Protocol):
         ...
 
     @property
+    def group_size(self) -> int | None:
+        """The group size that "auto" stands for; None to choose by the model's widths."""
+        ...
+
+    @property
     def symmetric(self) -> bool:
         """Whether weights without zero points can be stored."""
         ...
