@@ -16,7 +16,7 @@ def rotate(
     out: Annotated[str, typer.Argument(help="Folder to write.")],
     online: Annotated[
         bool, typer.Option(help="Also rotate while running, before down projections.")
-    ] = True,
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the random signs.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     quiet: Quiet = False,
@@ -35,7 +35,7 @@ def rotate_model(
     model: str | Path,
     output: str | Path,
     *,
-    online: bool = True,
+    online: bool = False,
     seed: int = 0,
     overwrite: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
