@@ -214,7 +214,8 @@ def layout_of(scheme: Scheme) -> str:
                 return "pack-quantized"
         elif not weight.asymmetric:
             return "int-quantized"
-    raise BadRequest(f"compressed-tensors has no layout for {scheme.name} with this granularity")
+    shape = "zero points" if weight.asymmetric else f"groups of {weight.group}"
+    raise BadRequest(f"compressed-tensors has no layout for {scheme.name} with {shape}")
 
 
 def _codes(name: str, tensors: Mapping[str, Tensor], spec: Spec, layout: str) -> Tensor:

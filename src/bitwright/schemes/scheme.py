@@ -125,7 +125,10 @@ class Scheme:
         """
         grouped = self.weight.scale == E8M0 or self.input is None
         if self.weight.grid.bits != 8 or grouped:
-            raise BadRequest(f"{self.name} has no choice of granularity: use --group-size")
+            raise BadRequest(
+                f"{self.name} has no choice of granularity, only W8A8 schemes have: drop "
+                "--granularity (integer groups have --group-size)"
+            )
         if granularity == "block":
             if not isinstance(self.weight.grid, FloatGrid):
                 raise BadRequest("blocks are a layout of FP8 weights: use W8A8-FP8")
