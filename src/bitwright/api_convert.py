@@ -59,6 +59,8 @@ def convert(
     source = resolve(model)
     stored, fmt = format_of(source), get_format(format)
     target = Path(output).expanduser()
+    if target.resolve() == source.folder.resolve():
+        raise BadRequest("the output is the model itself: choose another folder")
     if target.exists() and not overwrite:
         raise BadRequest(f"{target} exists: choose another output or add --overwrite")
     if stored is None and fmt.name == "gguf":
@@ -70,8 +72,6 @@ def convert(
         raise BadRequest(f"{source.folder} is not quantized: use quantize --format {format}")
     if stored.name == fmt.name:
         raise BadRequest(f"{source.folder} is already stored as {format}")
-    if target.resolve() == source.folder.resolve():
-        raise BadRequest("the output is the model itself: choose another folder")
     if stored.cache_spec(stored_config(source)) is not None and not requantize:
         raise BadRequest(
             "the scales of the quantized key-value cache would be lost: add --requantize to drop "

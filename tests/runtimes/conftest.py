@@ -1,4 +1,4 @@
-"""The runtimes' environments, the real model, and what the runtime tests say at the end."""
+"""The environments of the runtimes, the real model, and what these tests say at the end."""
 
 import importlib.util
 from collections.abc import Callable
