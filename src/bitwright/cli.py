@@ -190,16 +190,55 @@ def convert(
 def evaluate(
     model: Model,
     reference: Annotated[str | None, typer.Option(help="The original, for divergence.")] = None,
-    text: Annotated[str, typer.Option(help="A .txt or .jsonl file, or pydoc.")] = "pydoc",
+    text: Annotated[
+        str | None, typer.Option(help="A .txt or .jsonl file, or pydoc (the default).")
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows to score.")] = 40,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of lm-eval, or YAML files, separated by commas; without --text "
+            "and --reference nothing else is measured."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Examples per prompt.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity, and divergence from a reference."""
+    """Measure perplexity, divergence from a reference, and benchmark tasks."""
+    from bitwright.commands.tasks import run_tasks
+
+    found: dict[str, Any] = {}
+    if tasks is not None:
+        found["tasks"] = run_tasks(model, tasks.split(","), limit=limit, shots=shots)
+    if tasks is None or text is not None or reference is not None:
+        found |= _measure(
+            model, reference, text or "pydoc", windows, sequence_length, quiet or as_json
+        )
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table("measure", "value")
+    for key, value in found.items():
+        if key == "tasks":
+            for task, metrics in value.items():
+                for metric, number in metrics.items():
+                    table.add_row(f"{task} {metric}", f"{number:.4f}")
+        elif isinstance(value, tuple):
+            table.add_row(key, " to ".join(f"{limit:.4f}" for limit in value))
+        elif value is not None:
+            table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def _measure(
+    model: str, reference: str | None, text: str, windows: int, sequence_length: int, quiet: bool
+) -> dict[str, Any]:
     from bitwright import api
 
-    with _progress(quiet or as_json) as advance:
+    with _progress(quiet) as advance:
         result = api.evaluate(
             model,
             reference=reference,
@@ -208,14 +247,7 @@ def evaluate(
             sequence_length=sequence_length,
             progress=lambda done, total: advance(done, total, "windows"),
         )
-    if as_json:
-        print(json.dumps(asdict(result)))
-        return
-    table = Table("measure", "value")
-    for key, value in asdict(result).items():
-        if value is not None:
-            table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    return asdict(result)
 
 
 @app.command()

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from bitwright.errors import BadCheckpoint, BadRequest, BadShape
 from bitwright.formats.packing import pack_awq, unpack_awq
+from bitwright.formats.weights_only import WeightsOnly
 from bitwright.numerics.grids import IntGrid
 from bitwright.numerics.groups import PER_CHANNEL, scale_shape
-from bitwright.schemes.quantized import CacheScales, QuantizedLinear
+from bitwright.schemes.quantized import QuantizedLinear
 from bitwright.schemes.scheme import Scheme, Spec
 
 _CODES = ".qweight"
 
 
-class Awq:
+class Awq(WeightsOnly):
     """The Format of `--format awq`."""
 
     name = "awq"
@@ -89,18 +90,6 @@ class Awq:
             zero_point_RG=unpack_awq(qzeros, rows).T.contiguous(),
             bias_O=tensors.get(f"{name}.bias"),
         )
-
-    def encode_cache(self, attention: str, scales: CacheScales) -> dict[str, Tensor]:
-        """Raises BadRequest: there is no place for them."""
-        raise BadRequest(f"{attention}: awq cannot store the scales of a quantized cache")
-
-    def decode_cache(self, attention: str, tensors: Mapping[str, Tensor]) -> CacheScales | None:
-        """None."""
-        return None
-
-    def cache_spec(self, config: Mapping[str, Any]) -> Spec | None:
-        """None."""
-        return None
 
     def quantized_names(self, tensor_names: set[str]) -> set[str]:
         """Layers that have packed weights."""

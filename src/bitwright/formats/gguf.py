@@ -24,9 +24,10 @@ from torch import Tensor
 
 from bitwright.errors import BadCheckpoint, BadRequest, BadShape
 from bitwright.formats.packing import pack_halves, unpack_halves
+from bitwright.formats.weights_only import WeightsOnly
 from bitwright.numerics.grids import IntGrid
 from bitwright.numerics.groups import scale_shape, sides
-from bitwright.schemes.quantized import CacheScales, QuantizedLinear
+from bitwright.schemes.quantized import QuantizedLinear
 from bitwright.schemes.scheme import Scheme, Spec
 
 BLOCK = 32
@@ -38,7 +39,7 @@ BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
 BLOCKS = ".gguf_blocks"
 
 
-class Gguf:
+class Gguf(WeightsOnly):
     """The Format of `--format gguf`: the tensors of its quantized layers."""
 
     name = "gguf"
@@ -84,18 +85,6 @@ class Gguf:
         if kind not in BLOCK_BYTES or data.shape[1] % BLOCK_BYTES[kind]:
             raise BadCheckpoint(f"layer {name} is not made of {kind} blocks")
         return _read(name, data, kind, tensors.get(f"{name}.bias"))
-
-    def encode_cache(self, attention: str, scales: CacheScales) -> dict[str, Tensor]:
-        """Raises BadRequest: there is no place for them."""
-        raise BadRequest(f"{attention}: gguf cannot store the scales of a quantized cache")
-
-    def decode_cache(self, attention: str, tensors: Mapping[str, Tensor]) -> CacheScales | None:
-        """None."""
-        return None
-
-    def cache_spec(self, config: Mapping[str, Any]) -> Spec | None:
-        """None."""
-        return None
 
     def quantized_names(self, tensor_names: set[str]) -> set[str]:
         """Layers that have blocks."""
