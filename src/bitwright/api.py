@@ -88,15 +88,19 @@ def prepare(
     BadShape, UnknownName, UnsupportedModel or BadCheckpoint.
     """
     fmt = get_format(format)
-    if group_size == "auto" and fmt.group_size is not None:
-        group_size = fmt.group_size
     parsed = parse_scheme(scheme).with_scales(fmt.scale_dtype)
+    if parsed.weight.super_blocks and fmt.name != "gguf":
+        raise BadRequest(f"{parsed.name} is a type of gguf: add --format gguf")
+    if group_size == "auto" and fmt.group_size is not None and not parsed.weight.super_blocks:
+        group_size = fmt.group_size
     chosen = parse_method(method)
     options: dict[str, Any] = {"search": _known("scale search", search, ("mse", "absmax"))}
     if chosen.solver != "rtn":
         options |= {"damp": damp, "order": _known("order", order, ("activation", "natural"))}
     if chosen.fold == "smoothquant":
         options["smoothing"] = smoothing
+    if parsed.weight.super_blocks and (chosen.tune or chosen.solver == "obq"):
+        raise BadRequest(f"{parsed.name} has no scales that {method} could change: use awq+gptq")
     if chosen.tune:
         options["tune"] = EFFORTS[_known("effort", effort, tuple(EFFORTS))]
     source = resolve(model)
@@ -114,11 +118,16 @@ def prepare(
         raise BadRequest("--ignore leaves no layer to quantize")
     parsed, notes = _with_group_size(parsed, group_size, asymmetric, kept)
     layers = [
-        Layer(name, shape, None if name in reasons else parsed, reasons.get(name, ""))
+        Layer(
+            name,
+            shape,
+            None if name in reasons else fmt.fitted(parsed, shape),
+            reasons.get(name, ""),
+        )
         for name, shape in shapes.items()
     ]
     for name, shape in kept.items():
-        fmt.check(name, shape, parsed)
+        fmt.check(name, shape, fmt.fitted(parsed, shape))
     if fmt.name == "gguf":
         check_exportable(source)
     layers += _outside(topology)
@@ -310,6 +319,11 @@ def _with_group_size(
 ) -> tuple[Scheme, list[str]]:
     widths = sorted({width for _, width in shapes.values()})
     notes = []
+    if scheme.weight.super_blocks and group_size == "auto":
+        odd = [width for width in widths if width % 256]
+        if odd:
+            notes = [f"256 does not divide the input width {odd[0]}: using llama.cpp's fallback"]
+        return scheme.with_weight(asymmetric=asymmetric), notes
     if group_size == "auto":
         size, note = automatic_group_size(widths)
         notes = [note] if note else []
