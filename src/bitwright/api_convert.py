@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import BadRequest
 from bitwright.formats import get_format
-from bitwright.formats.gguf import TYPES, blocks
+from bitwright.formats.gguf import blocks, type_of
 from bitwright.methods.rtn import rtn
 from bitwright.numerics.grids import IntGrid
 from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, folder_bytes, require_space
@@ -93,8 +93,7 @@ def convert(
     if fmt.name == "gguf":
         layers = {}
         for name, scheme in schemes.items():
-            kind = TYPES[scheme.weight.grid.bits, scheme.weight.asymmetric]
-            layers[name] = Blocks(kind, shapes[name])
+            layers[name] = Blocks(type_of(scheme), shapes[name])
 
         def read_blocks(name: str) -> Tensor:
             q = read_layer(source, stored, name)

@@ -88,10 +88,12 @@ def prepare(
     BadShape, UnknownName, UnsupportedModel or BadCheckpoint.
     """
     fmt = get_format(format)
-    if group_size == "auto" and fmt.group_size is not None:
-        group_size = fmt.group_size
     parsed = _adjusted(parse_scheme(scheme), activations, granularity, kv_cache)
     parsed = parsed.with_scales(fmt.scale_dtype)
+    if parsed.weight.super_blocks and fmt.name != "gguf":
+        raise BadRequest(f"{parsed.name} is a type of gguf: add --format gguf")
+    if group_size == "auto" and fmt.group_size is not None and not parsed.weight.super_blocks:
+        group_size = fmt.group_size
     chosen = parse_method(method)
     options: dict[str, Any] = {"search": _known("scale search", search, ("mse", "absmax"))}
     if chosen.solver != "rtn":
@@ -126,11 +128,16 @@ def prepare(
         raise BadRequest("--ignore leaves no layer to quantize")
     parsed, notes = _with_group_size(parsed, group_size, asymmetric, kept)
     layers = [
-        Layer(name, shape, None if name in reasons else parsed, reasons.get(name, ""))
+        Layer(
+            name,
+            shape,
+            None if name in reasons else fmt.fitted(parsed, shape),
+            reasons.get(name, ""),
+        )
         for name, shape in shapes.items()
     ]
     for name, shape in kept.items():
-        fmt.check(name, shape, parsed)
+        fmt.check(name, shape, fmt.fitted(parsed, shape))
     if fmt.name == "gguf":
         check_exportable(source)
     layers += _outside(topology)
@@ -166,9 +173,9 @@ def _adjusted(
 
 def _require_solvable(method: Method, weight: Spec) -> None:
     """Solvers and tuning have limits that are known before any work."""
-    integer = isinstance(weight.grid, IntGrid)
+    integer = isinstance(weight.grid, IntGrid) and not weight.super_blocks
     if (method.tune or method.solver == "obq") and not integer:
-        raise BadRequest("obq and tuning work on integer weights: use rtn, gptq or a fold")
+        raise BadRequest("obq and tuning work on plain integer weights: use rtn, gptq or awq+gptq")
     if method.tune and weight.group[0] != 1:
         raise BadRequest("tuning needs scales of single rows: drop --granularity tensor")
     if method.solver != "rtn" and weight.group[0] not in (1, -1):
@@ -200,7 +207,13 @@ def _with_group_size(
 ) -> tuple[Scheme, list[str]]:
     widths = sorted({width for _, width in shapes.values()})
     notes: list[str] = []
-    fixed = not isinstance(scheme.weight.grid, IntGrid) or scheme.weight.group[1] == -1
+    weight = scheme.weight
+    if weight.super_blocks and group_size == "auto":
+        odd = [width for width in widths if width % 256]
+        if odd:
+            notes = [f"256 does not divide the input width {odd[0]}: using llama.cpp's fallback"]
+        return scheme.with_weight(asymmetric=asymmetric), notes
+    fixed = not isinstance(weight.grid, IntGrid) or weight.group[1] == -1
     if group_size == "auto" and fixed:
         return scheme.with_weight(asymmetric=asymmetric), notes
     if group_size == "auto":

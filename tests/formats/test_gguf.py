@@ -12,7 +12,7 @@ from support.layers import assert_same, random_linear
 
 from bitwright.errors import BadCheckpoint, BadRequest, BadShape
 from bitwright.formats import get_format
-from bitwright.formats.gguf import BLOCK_BYTES, TYPES
+from bitwright.formats.gguf import TYPES
 from bitwright.numerics.grids import E4M3
 from bitwright.numerics.groups import PER_CHANNEL
 from bitwright.schemes.quantized import QuantizedLinear, dequantize
@@ -56,7 +56,7 @@ def test_the_gguf_package_reads_the_same_weights(q: QuantizedLinear) -> None:
         assert torch.equal(read, expected)
 
 
-@pytest.mark.parametrize("kind", BLOCK_BYTES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_blocks_of_the_gguf_package_are_read_and_written_identically(kind: str) -> None:
     generator = np.random.default_rng(0)
     weight = generator.normal(size=(24, 160)).astype(np.float32)

@@ -31,6 +31,10 @@ class Awq(WeightsOnly):
     group_size = None
     symmetric = False
 
+    def fitted(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+        """The scheme itself."""
+        return scheme
+
     def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
         """Asymmetric 4-bit weights; out_features a multiple of 8."""
         spec = scheme.weight

@@ -8,12 +8,15 @@
 | Q5_1 | 24    | d, m float16, 4 bytes of fifth bits, 16          | d * q + m     |
 | Q8_0 | 34    | d float16, 32 int8                               | d * q         |
 
+Q4_K, Q5_K and Q6_K, whose scales are multiples of a unit per 256 weights, are laid out in
+`packing_k.py`. A row whose width is no multiple of 256 gets the type that llama.cpp falls back to.
+
 Nibble j of a block's low half is weight j, of its high half weight j + 16. Codes and scales are
 written as they are; a scale of either sign is allowed. The zero point z of an asymmetric group
 becomes m = -z * d, rounded to float16: at most z * 2^-11 of a step away. A group of several times
 32 weights is written as so many blocks of one scale.
 
-The tensors made here are parts of a GGUF file; `bitwright.runtime.gguf_export` writes the file.
+The tensors made here are parts of a GGUF file; `runtime/gguf_export.py` writes the file.
 """
 
 from collections.abc import Mapping
@@ -24,18 +27,33 @@ from torch import Tensor
 
 from bitwright.errors import BadCheckpoint, BadRequest, BadShape
 from bitwright.formats.packing import pack_halves, unpack_halves
+from bitwright.formats.packing_k import (
+    pack_factors,
+    pack_fifth_bits,
+    pack_pairs,
+    pack_six,
+    unpack_factors,
+    unpack_fifth_bits,
+    unpack_pairs,
+    unpack_six,
+)
 from bitwright.formats.weights_only import WeightsOnly
 from bitwright.numerics.grids import IntGrid
 from bitwright.numerics.groups import scale_shape, sides
+from bitwright.numerics.super_blocks import SUPER, units_and_factors
 from bitwright.schemes.quantized import QuantizedLinear
-from bitwright.schemes.scheme import Scheme, Spec
+from bitwright.schemes.scheme import Scheme, Spec, parse_scheme
 
 BLOCK = 32
 TYPES = {
     (4, False): "Q4_0", (4, True): "Q4_1", (5, False): "Q5_0", (5, True): "Q5_1",
     (8, False): "Q8_0",
 }  # fmt: skip
-BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
+BLOCK_SHAPES = {  # weights and bytes
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
+    "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+}  # fmt: skip
+_FALLBACKS = {4: (5, False), 5: (5, True), 6: (8, False)}  # bits to (bits, asymmetric)
 BLOCKS = ".gguf_blocks"
 
 
@@ -47,9 +65,20 @@ class Gguf(WeightsOnly):
     group_size = BLOCK
     symmetric = True
 
-    def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
-        """W4, W5 and symmetric W8 integers in groups of a multiple of 32."""
+    def fitted(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+        """Q5_0, Q5_1 and Q8_0 for Q4_K, Q5_K and Q6_K where 256 does not divide the width."""
         spec = scheme.weight
+        if not spec.super_blocks or shape[1] % SUPER == 0:
+            return scheme
+        bits, asymmetric = _FALLBACKS[spec.grid.bits]
+        grid = IntGrid(bits, signed=not asymmetric)
+        return Scheme(Spec(grid, (1, BLOCK), self.scale_dtype, asymmetric))
+
+    def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
+        """Super-blocks; W4, W5 and symmetric W8 integers in groups of a multiple of 32."""
+        spec = scheme.weight
+        if spec.super_blocks and shape[1] % SUPER == 0:
+            return
         if scheme.input is not None or scheme.kv_cache is not None:
             raise BadRequest(f"{name}: gguf stores weights only, not {scheme.name}")
         if not isinstance(spec.grid, IntGrid) or spec.group[0] != 1:
@@ -82,9 +111,12 @@ class Gguf(WeightsOnly):
             data, kind = tensors[f"{name}{BLOCKS}"], config["types"][name]
         except KeyError as error:
             raise BadCheckpoint(f"layer {name} lacks its tensor or type {error}") from None
-        if kind not in BLOCK_BYTES or data.shape[1] % BLOCK_BYTES[kind]:
+        if kind not in BLOCK_SHAPES or data.shape[1] % BLOCK_SHAPES[kind][1]:
             raise BadCheckpoint(f"layer {name} is not made of {kind} blocks")
-        return _read(name, data, kind, tensors.get(f"{name}.bias"))
+        bias_O = tensors.get(f"{name}.bias")
+        if BLOCK_SHAPES[kind][0] == SUPER:
+            return _read_super(data, kind, bias_O)
+        return _read(name, data, kind, bias_O)
 
     def quantized_names(self, tensor_names: set[str]) -> set[str]:
         """Layers that have blocks."""
@@ -92,10 +124,7 @@ class Gguf(WeightsOnly):
 
     def config(self, layers: Mapping[str, Scheme], ignored: list[str]) -> dict[str, Any]:
         """The type of every layer."""
-        types = {
-            name: TYPES[scheme.weight.grid.bits, scheme.weight.asymmetric]
-            for name, scheme in layers.items()
-        }
+        types = {name: type_of(scheme) for name, scheme in layers.items()}
         return {"quant_method": "gguf", "types": types, "ignore": ignored}
 
     def ignored(self, config: Mapping[str, Any]) -> list[str]:
@@ -107,8 +136,16 @@ class Gguf(WeightsOnly):
         return {}
 
 
+def type_of(scheme: Scheme) -> str:
+    """GGUF's name for a scheme that `Gguf.check` accepts."""
+    spec = scheme.weight
+    return scheme.name if spec.super_blocks else TYPES[spec.grid.bits, spec.asymmetric]
+
+
 def blocks(q: QuantizedLinear) -> Tensor:
     """uint8 (O, bytes of a row): the blocks of every row, one after the other."""
+    if q.spec.super_blocks:
+        return _super_blocks(q)
     bits, rows = q.spec.grid.bits, q.shape[0]
     codes = q.codes_OI.reshape(-1, BLOCK)
     repeated = q.shape[1] // q.scale_RG.shape[1] // BLOCK
@@ -129,7 +166,7 @@ def blocks(q: QuantizedLinear) -> Tensor:
 def _read(name: str, data: Tensor, kind: str, bias_O: Tensor | None) -> QuantizedLinear:
     rows = len(data)
     bits, asymmetric = next(key for key, value in TYPES.items() if value == kind)
-    block = data.reshape(-1, BLOCK_BYTES[kind])
+    block = data.reshape(-1, BLOCK_SHAPES[kind][1])
     scale = block[:, :2].contiguous().view(torch.float16)
     at, zero = 2, None
     if asymmetric:
@@ -162,3 +199,46 @@ def _fifth_bits(codes: Tensor) -> Tensor:
 def _spread_bits(words: Tensor) -> Tensor:
     """Inverse of `_fifth_bits`: (N, 4) bytes -> (N, 32) bits."""
     return (words[..., None] >> torch.arange(8, dtype=torch.uint8) & 1).reshape(len(words), -1)
+
+
+def _super_blocks(q: QuantizedLinear) -> Tensor:
+    assert isinstance(q.spec.scale, IntGrid)
+    rows, bits = q.shape[0], q.spec.grid.bits
+    codes = q.codes_OI.reshape(-1, SUPER)
+    unit, factor = units_and_factors(q.scale_RG.reshape(len(codes), -1), q.spec.scale)
+    if q.offset_RG is None:
+        lower, upper = pack_six(codes)
+        signs = factor.to(torch.int8).view(torch.uint8)
+        parts = [lower, upper, signs, unit.view(torch.uint8)]
+    else:
+        below, count = units_and_factors(q.offset_RG.reshape(len(codes), -1), q.spec.scale)
+        parts = [unit.view(torch.uint8), below.view(torch.uint8), pack_factors(factor, count)]
+        if bits == 5:
+            parts.append(pack_fifth_bits(codes))
+        parts.append(pack_pairs(codes & 15))
+    return torch.cat(parts, 1).reshape(rows, -1)
+
+
+def _read_super(data: Tensor, kind: str, bias_O: Tensor | None) -> QuantizedLinear:
+    rows = len(data)
+    block = data.reshape(-1, BLOCK_SHAPES[kind][1])
+    offset = None
+    if kind == "Q6_K":
+        codes = unpack_six(block[:, :128], block[:, 128:192])
+        factor = block[:, 192:208].contiguous().view(torch.int8)
+        unit = block[:, 208:].contiguous().view(torch.float16)
+    else:
+        units = block[:, :4].contiguous().view(torch.float16).float()
+        unit = units[:, :1]
+        factor, count = unpack_factors(block[:, 4:16])
+        offset = (units[:, 1:] * count).reshape(rows, -1)
+        codes = unpack_pairs(block[:, -128:])
+        if kind == "Q5_K":
+            codes = codes | unpack_fifth_bits(block[:, 16:48])
+    return QuantizedLinear(
+        codes_OI=codes.reshape(rows, -1),
+        scale_RG=(unit.float() * factor).reshape(rows, -1),
+        spec=parse_scheme(kind).weight,
+        bias_O=bias_O,
+        offset_RG=offset,
+    )

@@ -36,6 +36,10 @@ class Gptq(WeightsOnly):
     group_size = None
     symmetric = True
 
+    def fitted(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+        """The scheme itself."""
+        return scheme
+
     def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
         """2, 3, 4 or 8-bit integers, weights only, both sides multiples of 32."""
         spec = scheme.weight

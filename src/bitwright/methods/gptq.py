@@ -57,6 +57,7 @@ def gptq(
     lazy: int = 128,
     order: Order = "activation",
     search: Search = "mse",
+    scale_RG: Tensor | None = None,
 ) -> QuantizedLinear:
     """Codes for one Linear; inputs are left unmodified.
 
@@ -67,6 +68,7 @@ def gptq(
     ``order``: "activation" visits columns by falling mean square of their input, with group
     scales fixed beforehand from the original weights; "natural" goes left to right and takes
     each group's scale from the weights as updated so far.
+    ``scale_RG``: scales chosen elsewhere, float, for specs without zero points.
 
     Raises NotPositiveDefinite if the damped hessian has no Cholesky factor, BadShape if the
     group size does not divide I or rows share scales.
@@ -78,12 +80,14 @@ def gptq(
     importance_I = hessian_II.diagonal().clone()
     shape = (weight_OI.shape[0], weight_OI.shape[1])
     width = sides(shape, spec.group)[1]
-    fixed = order == "activation" or spec.group[1] == -1
+    fixed = order == "activation" or spec.group[1] == -1 or scale_RG is not None
     if order == "activation":
         columns = torch.argsort(importance_I, descending=True, stable=True)
     else:
         columns = torch.arange(shape[1])
-    scale_RG, zero_RG = choose_scales(weight_OI, spec, search=search, importance_I=importance_I)
+    zero_RG = None
+    if scale_RG is None:
+        scale_RG, zero_RG = choose_scales(weight_OI, spec, search=search, importance_I=importance_I)
     upper_II = inverse_cholesky_upper(damped(hessian_II, damp)[columns][:, columns])
     work_OI = weight_OI[:, columns].clone()
     codes_OI = torch.empty(shape, dtype=torch.uint8)

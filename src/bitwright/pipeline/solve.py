@@ -1,6 +1,7 @@
 """From a block's statistics to codes: which scale, which solver, and what if it fails."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from bitwright.methods.awq import InputScale, awq_scale
 from bitwright.methods.compose import Fold as FoldName
 from bitwright.methods.compose import parse_method
 from bitwright.methods.gptq import gptq
+from bitwright.methods.kquant import kquant
 from bitwright.methods.objective import row_errors
 from bitwright.methods.obq import obq
 from bitwright.methods.ranges import input_scale
@@ -92,11 +94,15 @@ def _solve(
     options: Mapping[str, Any],
 ) -> tuple[QuantizedLinear, str]:
     solver, search = parse_method(method).solver, options["search"]
+    if spec.super_blocks and (solver == "rtn" or stats is None):
+        return kquant(weight_OI, stats, spec), ""
     if solver == "rtn" or stats is None:
         return rtn(weight_OI, stats, spec, search=search), ""
     damp, fallback = float(options["damp"]), ""
     while damp <= LARGEST_DAMP:
         try:
+            if spec.super_blocks:
+                return kquant(weight_OI, stats, spec, damp=damp), fallback
             if solver == "obq":
                 q = obq(weight_OI, stats, spec, damp=damp, search=search, order="pivot")
                 return q, fallback
@@ -105,7 +111,10 @@ def _solve(
         except NotPositiveDefinite:
             damp *= 10
             fallback = f"damping raised to {damp:g}"
-    return rtn(weight_OI, stats, spec, search=search), "round-to-nearest: hessian not definite"
+    note = "round-to-nearest: hessian not definite"
+    if spec.super_blocks:
+        return kquant(weight_OI, stats, spec), note
+    return rtn(weight_OI, stats, spec, search=search), note
 
 
 def choose_input_scale(
@@ -117,12 +126,15 @@ def choose_input_scale(
     shared_I: Tensor,
 ) -> InputScale:
     """The channel scale that AWQ or SmoothQuant would fold in front of these Linears."""
+    spec = scheme.weight
+    if spec.super_blocks:  # near enough for the search of a channel scale
+        spec = replace(spec, scale=torch.float16)
     if kind == "awq":
-        return awq_scale(weights_OI, stats, scheme.weight, shared_I=shared_I)
+        return awq_scale(weights_OI, stats, spec, shared_I=shared_I)
     strength = options["smoothing"]
     if strength is None:
         return smoothquant_scale(
-            weights_OI, stats, scheme.weight, input_spec=scheme.input, shared_I=shared_I
+            weights_OI, stats, spec, input_spec=scheme.input, shared_I=shared_I
         )
     scale_I = smooth_scale(weights_OI, stats, strength, shared_I=shared_I)
     return InputScale(scale_I, strength, 0.0, 0.0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BadRequest
-from bitwright.formats.gguf import BLOCK, BLOCK_BYTES, BLOCKS
+from bitwright.formats.gguf import BLOCK_SHAPES, BLOCKS
 from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from bitwright.runtime.gguf_metadata import Architecture, add_metadata, architecture, vocabulary
 from bitwright.runtime.load import stored_config
@@ -24,6 +24,7 @@ from bitwright.runtime.source import GGUF_FILE, load_tokenizer
 ROPE = "rope_freqs.weight"
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32,
+    "Q4_K": 14, "Q5_K": 16, "Q6_K": 18,
 }  # fmt: skip
 _PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -49,7 +50,7 @@ class Entry:
     @property
     def is_blocks(self) -> bool:
         """Whether it comes from a quantized layer, whose name is then ``source``."""
-        return self.kind in BLOCK_BYTES
+        return self.kind in BLOCK_SHAPES
 
 
 def export_gguf(
@@ -106,7 +107,8 @@ def export_folder(
         layers = {}
         for name, kind in stored_config(source)["types"].items():
             rows, size = source.tensors[f"{name}{BLOCKS}"].shape
-            layers[name] = Blocks(kind, (rows, size // BLOCK_BYTES[kind] * BLOCK))
+            weights, length = BLOCK_SHAPES[kind]
+            layers[name] = Blocks(kind, (rows, size // length * weights))
         return export_gguf(
             source,
             layers,

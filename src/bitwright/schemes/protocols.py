@@ -33,6 +33,10 @@ class Format(Protocol):
         """Whether weights without zero points can be stored."""
         ...
 
+    def fitted(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+        """What a layer of this shape gets in place of ``scheme``: mostly just that."""
+        ...
+
     def check(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
         """Raises BadRequest or BadShape if a layer of this shape cannot be stored."""
         ...

@@ -17,6 +17,8 @@ class QuantizedLinear:
 
     ``codes_OI``: uint8, one code per weight, unpacked. ``scale_RG``: already rounded to the
     precision it is stored in. ``zero_point_RG``: uint8 integers of the grid, None if symmetric.
+    ``offset_RG``: float32, what specs of super-blocks subtract after scaling, in place of zero
+    points.
     ``global_scale``: float32 scalar of two-level specs. ``group_of_column_I``: int64, only when
     columns of one group are not neighbours. ``bias_O`` is carried, never quantized.
     ``input_spec``: how the layer's input is rounded, None for 16 bits; ``input_scale``: float32
@@ -32,6 +34,7 @@ class QuantizedLinear:
     bias_O: Tensor | None = None
     input_spec: Spec | None = None
     input_scale: Tensor | None = None
+    offset_RG: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,12 +56,13 @@ class QuantizedLinear:
         if range(*part.indices(self.shape[0])) == range(self.shape[0]):
             return self
         assert self.spec.group[0] == 1
-        zero, bias = self.zero_point_RG, self.bias_O
+        zero, offset, bias = self.zero_point_RG, self.offset_RG, self.bias_O
         return replace(
             self,
             codes_OI=self.codes_OI[part],
             scale_RG=self.scale_RG[part],
             zero_point_RG=None if zero is None else zero[part],
+            offset_RG=None if offset is None else offset[part],
             bias_O=None if bias is None else bias[part],
         )
 
@@ -72,7 +76,7 @@ class CacheScales:
 
 
 def dequantize(q: QuantizedLinear, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(grid value - zero point) * scale, computed in float32, as ``dtype``, shape (O, I).
+    """(grid value - zero point) * scale - offset, computed in float32, as ``dtype``, shape (O, I).
 
     This is the specification of every format, kernel and runtime.
     """
@@ -80,6 +84,8 @@ def dequantize(q: QuantizedLinear, dtype: torch.dtype = torch.float32) -> Tensor
     if q.zero_point_RG is not None:
         weight_OI -= _per_weight(q, q.zero_point_RG.to(torch.float32))
     weight_OI *= _per_weight(q, q.scale_RG.to(torch.float32))
+    if q.offset_RG is not None:
+        weight_OI -= _per_weight(q, q.offset_RG)
     if q.global_scale is not None:
         weight_OI *= q.global_scale
     return weight_OI.to(dtype)

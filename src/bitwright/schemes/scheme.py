@@ -4,6 +4,7 @@ Grammar of a name, case-insensitive::
 
     W<w>A<a>[-INT8|-FP8|-INT4][-KV<k>[-INT8|-FP8|-INT4]]     W4A16, W8A8-FP8, W4A8-INT8-KV4
     NVFP4 | NVFP4A16 | MXFP4 | MXFP8                         each may end in -KV<k>...
+    Q4_K | Q5_K | Q6_K                                       types of GGUF
 
 ``-KV`` may also follow the activation bits directly (W4A8KV4).
 """
@@ -34,9 +35,11 @@ BLOCK = 128
 class Spec:
     """How one tensor is represented.
 
-    ``scale`` is the dtype scales are stored in, or the grid they are rounded to (NVFP4, MX);
-    ``asymmetric`` adds an integer zero point per group; ``two_level`` adds one float32 scale
-    for the whole tensor; ``mode`` says when activation scales are chosen.
+    ``scale`` is the dtype scales are stored in, or the grid they are rounded to (NVFP4, MX; an
+    IntGrid: integers times a float16 unit per 256 weights, as GGUF's "K" types have them, and
+    offsets alike); ``asymmetric`` adds an integer zero point (or such an offset) per group;
+    ``two_level`` adds one float32 scale for the whole tensor; ``mode`` says when activation
+    scales are chosen.
     """
 
     grid: Grid
@@ -46,9 +49,19 @@ class Spec:
     two_level: bool = False
     mode: Mode = "static"
 
+    @property
+    def super_blocks(self) -> bool:
+        """Whether scales are integers times a unit shared by 256 weights."""
+        return isinstance(self.scale, IntGrid)
+
     def bits_per_value(self, shape: tuple[int, int]) -> float:
         """Stored bits per value of a matrix of ``shape``, scales and zero points included."""
         scales = count_scales(shape, self.group)
+        if self.super_blocks:
+            assert isinstance(self.scale, IntGrid)
+            kinds = 2 if self.asymmetric else 1
+            extra = kinds * (scales * self.scale.bits + 16 * -(-shape[0] * shape[1] // 256))
+            return self.grid.bits + extra / (shape[0] * shape[1])
         scale_bits = (
             self.scale.itemsize * 8 if isinstance(self.scale, torch.dtype) else self.scale.bits
         )
@@ -87,14 +100,14 @@ class Scheme:
         """This scheme with another group size (-1: per channel) or with zero points."""
         weight = self.weight
         if group_size is not None:
-            if not isinstance(weight.grid, IntGrid):
+            if not isinstance(weight.grid, IntGrid) or weight.super_blocks:
                 raise BadRequest(f"{self.name} fixes its own group size: drop --group-size")
             if weight.grid.bits == 8 and self.input is not None and group_size != -1:
                 raise BadRequest(f"{self.name} has one scale per channel: use --granularity")
             weight = replace(weight, group=per_group(group_size))
         if asymmetric:
-            if not isinstance(weight.grid, IntGrid):
-                raise BadRequest(f"{self.name} is a float scheme and has no zero points")
+            if not isinstance(weight.grid, IntGrid) or weight.super_blocks:
+                raise BadRequest(f"{self.name} cannot be given zero points: drop --asymmetric")
             grid = IntGrid(weight.grid.bits, signed=False)
             weight = replace(weight, grid=grid, asymmetric=True)
         return replace(self, weight=weight)
@@ -158,11 +171,15 @@ _NAMED: dict[str, tuple[Spec, Spec | None]] = {
     "NVFP4A16": (_NVFP4, None),
     "MXFP4": (_MXFP4, replace(_MXFP4, mode="dynamic")),
     "MXFP8": (_MXFP8, replace(_MXFP8, mode="dynamic")),
+    "Q4_K": (Spec(IntGrid(4, signed=False), (1, 32), IntGrid(6, signed=False), True), None),
+    "Q5_K": (Spec(IntGrid(5, signed=False), (1, 32), IntGrid(6, signed=False), True), None),
+    "Q6_K": (Spec(IntGrid(6), (1, 16), IntGrid(8)), None),
 }
 
 EXAMPLES = (
     "W4A16", "W8A16", "W2A16", "W3A16", "W8A8-INT8", "W8A8-FP8", "W4A8-INT8", "W4A8-FP8",
     "W4A4", "NVFP4", "NVFP4A16", "MXFP4", "MXFP8",
+    "Q4_K", "Q5_K", "Q6_K",
 )  # fmt: skip
 
 _BASE = re.compile(r"W([2-8])A(16|8|4)(?:-(INT8|FP8|INT4))?$")
