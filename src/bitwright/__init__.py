@@ -10,16 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["convert", "evaluate", "generate", "inspect", "load", "prepare", "quantize"]
+__all__ = ["convert", "evaluate", "generate", "inspect", "load", "prepare", "quantize", "verify"]
+
+_WHERE = {"convert": "bitwright.api_convert", "verify": "bitwright.evaluation.verify"}
 
 if TYPE_CHECKING:
     from bitwright.api import evaluate, generate, inspect, load, prepare, quantize
     from bitwright.api_convert import convert
+    from bitwright.evaluation.verify import verify
 
 
 def __getattr__(name: str) -> Any:
     """Import the verbs, and torch with them, only when they are first used."""
     if name in __all__:
-        module = "bitwright.api_convert" if name == "convert" else "bitwright.api"
-        return getattr(import_module(module), name)
+        return getattr(import_module(_WHERE.get(name, "bitwright.api")), name)
     raise AttributeError(f"module 'bitwright' has no attribute {name!r}")
