@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 import bitwright
 from bitwright.api_convert import convert
 from bitwright.errors import BadRequest
+from bitwright.evaluation.verify import rescaled_error
 from bitwright.pipeline.checkpoint import open_checkpoint
 from bitwright.runtime.gguf_export import row_order
 from bitwright.runtime.gguf_metadata import architecture
@@ -183,3 +184,44 @@ def test_an_existing_output_is_kept(llama: Path, tmp_path: Path) -> None:
     bitwright.quantize(llama, tmp_path / "out", format="gguf", overwrite=True)
     assert (tmp_path / "out" / "model.gguf").stat().st_size > 50_000
     assert stored_config(open_checkpoint(llama)) == {}
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq+gptq"])
+def test_k_types_by_every_method_with_fallbacks_for_odd_widths(
+    method: str, text: Path, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 160, "initializer_range": 0.06}
+    model = make_model(tmp_path / "model", **sizes)
+    bitwright.quantize(
+        model, tmp_path / "out", scheme="Q4_K", format="gguf", method=method,
+        calibration=None if method == "rtn" else str(text), samples=8, sequence_length=32,
+    )  # fmt: skip
+    reader = GGUFReader(tmp_path / "out" / "model.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["blk.0.attn_q.weight"] == "Q4_K"
+    assert kinds["blk.1.ffn_down.weight"] == "Q5_0"  # 256 does not divide its width of 160
+    assert kinds["output.weight"] == "F32"
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    schemes = {row["name"]: row["scheme"] for row in report["layers"]}
+    assert schemes["model.layers.0.self_attn.q_proj"] == "Q4_K"
+    assert schemes["model.layers.0.mlp.down_proj"] == "W5A16"
+    assert any("fallback" in note for note in report["notes"])
+    original = load_model(open_checkpoint(model), dtype=torch.float32)
+    read, _ = bitwright.load(tmp_path / "out")
+    largest = 0.09 if method == "rtn" else 0.3  # gptq moves weights to make up for others
+    for name in schemes.keys() - {"lm_head"}:
+        weights = (network.get_submodule(name).weight.float() for network in (read, original))
+        assert 0.01 < rescaled_error(*weights) < largest, name
+
+
+def test_k_types_belong_to_gguf_and_have_no_scales_to_tune(llama: Path) -> None:
+    requests: list[tuple[dict[str, Any], str]] = [
+        ({"format": "gptq"}, "--format gguf"),
+        ({"format": "gguf", "method": "gptq+tune"}, "tune"),
+        ({"format": "gguf", "method": "obq"}, "obq"),
+        ({"format": "gguf", "asymmetric": True}, "--asymmetric"),
+        ({"format": "gguf", "group_size": 64}, "--group-size"),
+    ]
+    for request, why in requests:
+        with pytest.raises(BadRequest, match=why):
+            bitwright.prepare(llama, scheme="Q6_K", **request)

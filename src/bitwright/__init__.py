@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "compare", "convert", "evaluate", "generate", "inspect", "load", "plan", "prepare", "quantize",
-    "report", "rotate",
+    "report", "rotate", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bitwright.commands.compare import compare_schemes as compare
     from bitwright.commands.report import make_report as report
     from bitwright.commands.rotate import rotate_model as rotate
+    from bitwright.evaluation.verify import verify
     from bitwright.planning.plan import plan
 
 _ELSEWHERE = {
@@ -29,6 +30,7 @@ _ELSEWHERE = {
     "compare": ("bitwright.commands.compare", "compare_schemes"),
     "convert": ("bitwright.api_convert", "convert"),
     "rotate": ("bitwright.commands.rotate", "rotate_model"),
+    "verify": ("bitwright.evaluation.verify", "verify"),
 }
 
 

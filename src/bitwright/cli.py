@@ -251,6 +251,32 @@ def _measure(
 
 
 @app.command()
+def verify(
+    model: Model,
+    runtime: Annotated[str, typer.Option(help="vllm, transformers or llama.cpp.")],
+    python: Annotated[
+        str | None, typer.Option(help="The interpreter that has the runtime; default: this one.")
+    ] = None,
+    reference: Annotated[str | None, typer.Option(help="The original, for more checks.")] = None,
+    text: Annotated[str, typer.Option(help="A .txt or .jsonl file, or pydoc.")] = "pydoc",
+    as_json: Json = False,
+) -> None:
+    """Check that a real runtime computes what MODEL says; exit code 1 if it does not."""
+    from bitwright.evaluation.verify import verify as run
+
+    verdict = run(model, runtime=runtime, python=python, reference=reference, text=text)
+    if as_json:
+        print(json.dumps(asdict(verdict)))
+    else:
+        for check in verdict.checks:
+            state = "pass" if check.passed else "FAIL"
+            print(f"{state}  {check.name}" + (f": {check.detail}" if check.detail else ""))
+        print("PASS" if verdict.passed else "FAIL")
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="What to ask.")],

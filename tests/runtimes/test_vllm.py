@@ -18,6 +18,7 @@ import torch
 
 import bitwright
 from bitwright.api import load_tokenizer, resolve
+from bitwright.evaluation import runners
 from bitwright.runtime.load import load_model
 
 pytestmark = pytest.mark.runtime
@@ -87,6 +88,7 @@ def ask_vllm(interpreter: Path, folder: Path, prompts: list[list[int]]) -> dict[
         "model": str(folder),
         "dtype": "float16",
         "prompts": prompts,
+        "first": 1,
         "new_tokens": NEW_TOKENS,
     }
     request.write_text(json.dumps(asked), encoding="utf-8")
@@ -99,7 +101,7 @@ def ask_vllm(interpreter: Path, folder: Path, prompts: list[list[int]]) -> dict[
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    script = Path(__file__).with_name("vllm_score.py")
+    script = Path(runners.__file__).with_name("run_vllm.py")
     done = subprocess.run(
         [interpreter, script, request, answer],
         env=outside | settings,

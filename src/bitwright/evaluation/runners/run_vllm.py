@@ -1,10 +1,4 @@
-"""Run by the interpreter of the vLLM environment: score prompts and continue them greedily.
-
-Usage: python vllm_score.py REQUEST.json ANSWER.json, where the request is
-{"model": folder, "dtype": name, "prompts": [[token id, ...], ...], "new_tokens": N}, the answer
-{"logprobs": [[float, ...], ...], "tokens": [[token id, ...], ...]}; the first token of a prompt
-has no log-probability.
-"""
+"""Run by an interpreter with vLLM; see this folder's __init__.py for what it is asked."""
 
 import json
 import sys
@@ -44,7 +38,7 @@ def main() -> None:
         for prompt, out in zip(request["prompts"], outputs, strict=True)
     ]
     tokens = [list(out.outputs[0].token_ids) for out in outputs]
-    answer = {"logprobs": logprobs, "tokens": tokens}
+    answer = {"logprobs": [row[request["first"] - 1 :] for row in logprobs], "tokens": tokens}
     Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")
 
 

@@ -1,11 +1,7 @@
-"""Run by the interpreter of the llama.cpp environment: score a prompt and continue it greedily.
+"""Run by an interpreter with xllamacpp; see this folder's __init__.py for what it is asked.
 
-Usage: python llamacpp_score.py REQUEST.json ANSWER.json, where the request is
-{"model": GGUF file, "prompts": [[token id, ...], ...], "first": N, "new_tokens": M,
-"vocabulary": V, "text": string}, the answer {"logprobs": [[float, ...], ...],
-"tokens": [[token id, ...], ...], "ids": [token id, ...]}. The server of llama.cpp tells
-probabilities of generated tokens only, so every prompt is scored one prefix at a time, from its
-token number N on.
+The server of llama.cpp tells probabilities of generated tokens only, so every prompt is scored
+one prefix at a time.
 """
 
 import json
