@@ -86,7 +86,7 @@ def test_llama_cpp_computes_what_bitwright_specifies(
         f"greedy tokens are equal given the same prefix, the others {regret.max():.3f} less "
         f"likely at most; {seconds:.0f} s"
     )
-    assert float(difference.mean()) < 0.1
+    assert float(difference.mean()) < 0.15
     assert equal >= NEW_TOKENS - 2
     assert float(regret.max()) < 0.5
 
