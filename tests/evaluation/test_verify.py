@@ -127,7 +127,7 @@ def test_a_wrong_group_size_is_found(damaged: Path) -> None:
     edit_json(damaged, "config.json", change)
     name, detail = failed(verify(damaged, runtime="transformers"))
     assert name == "bitwright reads it"
-    assert "group size 64" in detail
+    assert "in groups of (1, 64)" in detail
 
 
 def test_a_missing_shard_is_found(damaged: Path) -> None:

@@ -32,6 +32,7 @@ class Runtime:
     """How one runtime is asked: its script, number format, prompts and tolerance.
 
     ``tolerance``: mean difference of log-probabilities. llama.cpp rounds activations to 8 bits.
+    Where the model is more sensitive than that, `_moved` sets the limit.
     """
 
     script: str
@@ -49,6 +50,7 @@ RUNTIMES = {
 }
 NEW_TOKENS = 16
 REGRET = 0.5  # how much less likely than the best one, in nats, a greedy token may be
+SENSITIVE = (1.5, 6.0)  # limits of mean difference and regret, in units of `_moved`
 WORST_GAP = 2.0  # nats per token that quantization may cost at the very most
 BROKEN_WEIGHT = 0.8  # relative error of a weight that even two bits do not reach
 ODD_ONE_OUT = 3.0  # times the median layer's error
@@ -268,22 +270,25 @@ def _agreement(
     own: Any, prompts: list[list[int]], answer: Mapping[str, Any], how: Runtime, runtime: str
 ) -> Iterator[Check]:
     """Log-probabilities of the prompts, and how good the runtime's greedy tokens are."""
-    differences, regrets, equal = [], [], 0
+    differences, regrets, moved, equal = [], [], [], 0
     rows = zip(prompts, answer["logprobs"], answer["tokens"], strict=True)
     for prompt, logprobs, tokens in rows:
         own_T, all_TV = _forward(own, prompt + tokens)
         theirs = torch.tensor(logprobs)
         differences.append((own_T[how.first - 1 : len(prompt) - 1] - theirs).abs())
+        moved.append(_moved(own, prompt + tokens, own_T))
         after_TV = all_TV[len(prompt) - 1 : -1]
         regret = after_TV.amax(-1) - own_T[len(prompt) - 1 :]
         regrets.append(regret)
         equal += int((regret == 0).sum())
     difference, regret = torch.cat(differences), torch.cat(regrets)
+    sensitivity = sum(moved) / len(moved)
+    limit = max(how.tolerance, SENSITIVE[0] * sensitivity)
     detail = (
         f"differ by {difference.mean():.4f} on average, {difference.max():.4f} at most, over "
-        f"{len(difference)} tokens"
+        f"{len(difference)} tokens; at most {limit:.3f} allowed"
     )
-    same = bool(difference.mean() <= how.tolerance)
+    same = bool(difference.mean() <= limit)
     if not same:
         detail += f": suspect that {runtime} reads the stored weights or config.json differently"
     yield Check("log-probabilities agree", same, detail)
@@ -291,7 +296,8 @@ def _agreement(
         f"{equal} of {len(regret)} are bitwright's given the same prefix, the others "
         f"{regret.max():.3f} nats less likely at most"
     )
-    yield Check("greedy tokens agree", bool(regret.max() <= REGRET), detail)
+    allowed = max(REGRET, SENSITIVE[1] * sensitivity)
+    yield Check("greedy tokens agree", bool(regret.max() <= allowed), detail)
 
 
 @torch.no_grad()
@@ -300,6 +306,26 @@ def _forward(model: Any, ids: list[int]) -> tuple[Tensor, Tensor]:
     tokens = torch.tensor(ids)
     all_TV = model(input_ids=tokens[None], use_cache=False).logits[0].float().log_softmax(-1)
     return all_TV[:-1].gather(1, tokens[1:, None])[:, 0], all_TV
+
+
+def _moved(model: Any, ids: list[int], before_T: Tensor) -> float:
+    """How far log-probabilities move when embeddings change by float16's rounding, on average.
+
+    Low-bit inputs make a model chaotic: an input that falls on the other side of a rounding
+    border moves others across theirs, so that no two ways of computing agree better than this.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def shaken(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+        noise = torch.rand(out.shape, generator=generator).to(out.dtype)
+        return out * (1 + (2 * noise - 1) * 2**-11)
+
+    hook = model.get_input_embeddings().register_forward_hook(shaken)
+    try:
+        after_T, _ = _forward(model, ids)
+    finally:
+        hook.remove()
+    return float((after_T - before_T).abs().mean())
 
 
 def _prompts(tokenizer: Any, text: str, how: Runtime) -> list[list[int]]:

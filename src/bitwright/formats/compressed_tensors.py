@@ -158,8 +158,11 @@ class CompressedTensors:
         return None if scheme is None else cache_spec_of(scheme)
 
     def quantized_names(self, tensor_names: set[str]) -> set[str]:
-        """Layers that have weight scales."""
-        return {name.removesuffix(_SCALE) for name in tensor_names if name.endswith(_SCALE)}
+        """Layers that have weight scales or packed codes (`decode` says if one of them lacks)."""
+        ends = (_SCALE, ".weight_packed")
+        return {
+            name.removesuffix(end) for name in tensor_names for end in ends if name.endswith(end)
+        }
 
     def config(self, layers: Mapping[str, Scheme], ignored: list[str]) -> dict[str, Any]:
         """One group for all layers of a scheme; with several schemes, targets by name."""
