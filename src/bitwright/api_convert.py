@@ -87,7 +87,7 @@ def convert(
     for index, name in enumerate(names):
         progress(index, len(names), f"checking {name}")
         q, reason = _fitted(name, read_layer(source, stored, name), fmt, symmetric, requantize)
-        schemes[name], shapes[name] = Scheme(q.spec), q.shape
+        schemes[name], shapes[name] = Scheme(q.spec, q.input_spec), q.shape
         if reason:
             requantized[name] = reason
     if fmt.name == "gguf":
@@ -149,7 +149,7 @@ def _as_it_is(name: str, q: QuantizedLinear, fmt: Format, symmetric: bool) -> Qu
         )
     q = _without_zeros(q) if symmetric else _with_zeros(q)
     fmt.check(name, q.shape, Scheme(q.spec, q.input_spec))
-    if fmt.scale_dtype is None or q.scale_RG.dtype is fmt.scale_dtype:
+    if fmt.scale_dtype in (None, q.scale_RG.dtype) or not isinstance(q.spec.scale, torch.dtype):
         return q
     scale_RG = q.scale_RG.to(fmt.scale_dtype)
     changed = int((scale_RG.double() != q.scale_RG.double()).sum())

@@ -22,6 +22,7 @@ import torch
 
 import bitwright
 from bitwright.api import load_tokenizer, resolve
+from bitwright.api_convert import convert
 from bitwright.evaluation import runners
 from bitwright.runtime.load import load_model
 
@@ -124,6 +125,22 @@ def test_vllm_rounds_inputs_as_bitwright_specifies(
     )
     assert float(difference.mean()) < INPUT_LIMITS.get(case, 0.005)
     assert float(difference.mean()) < 0.2 * float(unrounded.mean())
+
+
+def test_vllm_computes_the_same_from_modelopt_as_from_compressed_tensors(
+    vllm_interpreter: Path, smollm2: Path, tmp_path: Path, note: Callable[[str], None]
+) -> None:
+    first_block(smollm2, tmp_path / "block")
+    bitwright.quantize(tmp_path / "block", tmp_path / "ct" / "model", scheme="W8A8-FP8")
+    convert(tmp_path / "ct" / "model", tmp_path / "mo" / "model", format="modelopt")
+    tokenizer = load_tokenizer(resolve(tmp_path / "block"))
+    prompt = tokenizer(topics["booleans"], add_special_tokens=False)["input_ids"][:PROMPT_TOKENS]
+    one, other = (
+        torch.tensor(ask_vllm(vllm_interpreter, tmp_path / name / "model", [prompt])["logprobs"])
+        for name in ("ct", "mo")
+    )
+    note(f"vLLM, FP8 as modelopt and as compressed-tensors: {(one - other).abs().max():.2g} apart")
+    assert torch.equal(one, other)
 
 
 def first_block(smollm2: Path, folder: Path) -> None:

@@ -3,11 +3,14 @@
 from bitwright.errors import UnknownName
 from bitwright.formats.awq import Awq
 from bitwright.formats.compressed_tensors import CompressedTensors
+from bitwright.formats.fp8 import Fp8
 from bitwright.formats.gguf import Gguf
 from bitwright.formats.gptq import Gptq
+from bitwright.formats.modelopt import ModelOpt
 from bitwright.schemes.protocols import Format
 
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (CompressedTensors(), Gptq(), Awq(), Gguf())}
+_ALL: tuple[Format, ...] = (CompressedTensors(), Gptq(), Awq(), Fp8(), ModelOpt(), Gguf())
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in _ALL}
 
 
 def get_format(name: str) -> Format:

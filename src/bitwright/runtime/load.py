@@ -1,6 +1,7 @@
 """A checkpoint, quantized or not, as a transformers model ready to run."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from bitwright.schemes.quantized import QuantizedLinear, dequantize
 
 OLDER_NAMES = {"auto_gptq": "gptq", "auto_awq": "awq"}
 COMPANIONS = ("quantize_config.json", "quant_config.json")
+MODELOPT = "hf_quant_config.json"
 
 
 def stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -39,17 +41,26 @@ def stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _companion(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    legacy = _json(checkpoint.folder / MODELOPT)
+    if legacy is not None:
+        return legacy | {"quant_method": "modelopt"}
     if not any(name.endswith(".qweight") for name in checkpoint.tensors):
         return None
     for file in COMPANIONS:
-        path = checkpoint.folder / file
-        if path.is_file():
-            try:
-                value = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, OSError) as error:
-                raise BadCheckpoint(f"{path} cannot be read as JSON: {error}") from error
-            return value if isinstance(value, dict) else None
+        value = _json(checkpoint.folder / file)
+        if value is not None:
+            return value
     raise BadCheckpoint(f"{checkpoint.folder} has packed weights, but no quantization_config")
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise BadCheckpoint(f"{path} cannot be read as JSON: {error}") from error
+    return value if isinstance(value, dict) else None
 
 
 def format_of(checkpoint: Checkpoint) -> Format | None:
