@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import asdict
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,7 +13,10 @@ from rich.table import Table
 from bitwright.commands import compare, plan, report, rotate
 from bitwright.commands.screen import Json, Model, Quiet, screen
 from bitwright.commands.screen import progress as _progress
-from bitwright.errors import BadRequest, BitwrightError
+from bitwright.errors import BadRequest, BitwrightError, UnknownName
+
+if TYPE_CHECKING:
+    from bitwright.evaluation.verify import Verdict
 
 app = typer.Typer(
     help="Quantize large language models and prove the result.",
@@ -52,6 +55,15 @@ def quantize(
         str, typer.Option(help="Static scales cover: absmax, percentile, mse, moving-average.")
     ] = "absmax",
     format: Annotated[str, typer.Option(help="On-disk format.")] = "compressed-tensors",
+    runtime: Annotated[
+        str | None, typer.Option("--for", help="Refuse what this runtime cannot load.")
+    ] = None,
+    verify_in: Annotated[
+        str | None, typer.Option("--verify", help="Check OUT in a runtime at the end, see verify.")
+    ] = None,
+    python: Annotated[
+        str | None, typer.Option(help="The interpreter that has the runtime to verify in.")
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="A .txt or .jsonl file, pydoc, self, or a hub dataset id.")
     ] = None,
@@ -87,6 +99,8 @@ def quantize(
 
     quiet = quiet or as_json
     _require_device(device)
+    if verify_in is not None:
+        _require_runtime(verify_in)
     prepared = api.prepare(
         model,
         scheme=scheme,
@@ -98,6 +112,7 @@ def quantize(
         kv_cache=kv_cache,
         input_range=input_range,
         format=format,
+        runtime=runtime,
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,
@@ -141,6 +156,10 @@ def quantize(
         "peak_rss_bytes": done.peak_rss_bytes,
         "layers": layers,
     }
+    verdict = None
+    if verify_in is not None:
+        verdict = _verify(out, verify_in, python, model)
+        result["verdict"] = asdict(verdict)
     if as_json:
         print(json.dumps(result))
     elif not quiet:
@@ -153,6 +172,11 @@ def quantize(
             f"{done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB, "
             f"{done.seconds:.1f} s, peak {done.peak_rss_bytes / 1e6:.0f} MB"
         )
+    if verdict is not None:
+        if not quiet:
+            _print_verdict(verdict)
+        if not verdict.passed:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -262,18 +286,35 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check that a real runtime computes what MODEL says; exit code 1 if it does not."""
-    from bitwright.evaluation.verify import verify as run
-
-    verdict = run(model, runtime=runtime, python=python, reference=reference, text=text)
+    verdict = _verify(model, runtime, python, reference, text)
     if as_json:
         print(json.dumps(asdict(verdict)))
     else:
-        for check in verdict.checks:
-            state = "pass" if check.passed else "FAIL"
-            print(f"{state}  {check.name}" + (f": {check.detail}" if check.detail else ""))
-        print("PASS" if verdict.passed else "FAIL")
+        _print_verdict(verdict)
     if not verdict.passed:
         raise typer.Exit(1)
+
+
+def _verify(
+    model: str, runtime: str, python: str | None, reference: str | None, text: str = "pydoc"
+) -> "Verdict":
+    from bitwright.evaluation.verify import verify as run
+
+    return run(model, runtime=runtime, python=python, reference=reference, text=text)
+
+
+def _require_runtime(runtime: str) -> None:
+    from bitwright.evaluation.verify import RUNTIMES
+
+    if runtime not in RUNTIMES:
+        raise UnknownName(f"unknown runtime {runtime!r}; known: {', '.join(RUNTIMES)}")
+
+
+def _print_verdict(verdict: "Verdict") -> None:
+    for check in verdict.checks:
+        state = "pass" if check.passed else "FAIL"
+        print(f"{state}  {check.name}" + (f": {check.detail}" if check.detail else ""))
+    print("PASS" if verdict.passed else "FAIL")
 
 
 @app.command()

@@ -24,6 +24,7 @@ from bitwright.runtime.source import resolve
 from bitwright.schemes.inputs import needs_calibrated_scale
 from bitwright.schemes.plan import Calibration, Layer, Plan, automatic_group_size
 from bitwright.schemes.protocols import Format
+from bitwright.schemes.runtimes import require_loadable
 from bitwright.schemes.scheme import Granularity, Mode, Scheme, Spec, parse_scheme
 
 GroupSize = int | str
@@ -67,6 +68,7 @@ def prepare(
     kv_cache: str | None = None,
     input_range: str = "absmax",
     format: str = "compressed-tensors",
+    runtime: str | None = None,
     calibration: str | None = None,
     samples: int = 128,
     sequence_length: int = 2048,
@@ -84,8 +86,9 @@ def prepare(
     ``effort``: how long methods that tune may take, see EFFORTS. ``damp`` and ``order`` are
     GPTQ's; ``smoothing`` is SmoothQuant's strength, searched if None. ``activations`` (dynamic,
     static), ``granularity`` (tensor, channel, block) and ``kv_cache`` (none, fp8, int8, int4)
-    change what the scheme's name says; ``input_range``: see methods.ranges. Raises BadRequest,
-    BadShape, UnknownName, UnsupportedModel or BadCheckpoint.
+    change what the scheme's name says; ``input_range``: see methods.ranges; ``runtime``: refuse
+    what it cannot load, see schemes/runtimes.toml. Raises BadRequest, BadShape, UnknownName,
+    UnsupportedModel or BadCheckpoint.
     """
     fmt = get_format(format)
     parsed = _adjusted(parse_scheme(scheme), activations, granularity, kv_cache)
@@ -138,6 +141,8 @@ def prepare(
     ]
     for name, shape in kept.items():
         fmt.check(name, shape, fmt.fitted(parsed, shape))
+    if runtime is not None:
+        require_loadable(runtime, fmt.name, parsed, kept)
     if fmt.name == "gguf":
         check_exportable(source)
     layers += _outside(topology)

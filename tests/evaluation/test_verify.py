@@ -204,3 +204,22 @@ def test_folded_scales_are_no_error() -> None:
     folded = weight * (torch.rand(16, 1) + 0.5) * (torch.rand(1, 24) + 0.5)
     assert rescaled_error(folded, weight) < 0.02
     assert rescaled_error(folded + 0.3 * torch.randn(16, 24), weight) > 0.15
+
+
+def test_quantize_verifies_at_the_end(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    request = ("quantize", model, out, "--group-size", "32", "--json")
+    done = run_here(monkeypatch, capsys, *request, "--verify", "ollama")
+    assert done.code == 2
+    assert "unknown runtime 'ollama'; known: vllm" in done.err
+    assert not out.exists()
+    done = run_here(monkeypatch, capsys, *request, "--verify", "transformers")
+    assert done.code == 0, done
+    verdict = json.loads(done.out)["verdict"]
+    assert verdict["passed"]
+    assert verdict["checks"][-1]["name"] == "greedy tokens agree"

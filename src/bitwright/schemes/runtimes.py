@@ -1,0 +1,75 @@
+"""Which runtime loads which scheme in which format; the facts are in runtimes.toml."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from bitwright.errors import BadRequest, BadShape, UnknownName
+from bitwright.numerics.groups import PER_TENSOR
+from bitwright.schemes.scheme import BLOCK, Scheme
+
+
+@cache
+def _table() -> dict[str, dict[str, Any]]:
+    text = files("bitwright.schemes").joinpath("runtimes.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def known_runtimes() -> list[str]:
+    """The names `require_loadable` takes."""
+    return list(_table())
+
+
+def spelling(scheme: Scheme) -> str:
+    """A scheme's name without its cache, and what the name leaves open.
+
+    >>> from bitwright.schemes.scheme import parse_scheme
+    >>> spelling(parse_scheme("W8A8-FP8-KV8-FP8").with_activations("static"))
+    'W8A8-FP8 static'
+    """
+    words = [replace(scheme, kv_cache=None).name]
+    if scheme.weight.group == PER_TENSOR:
+        words.append("tensor")
+    elif scheme.weight.group == (BLOCK, BLOCK):
+        words.append("block")
+    if scheme.weight.asymmetric and not scheme.weight.super_blocks:
+        words.append("asymmetric")
+    if scheme.input is not None and scheme.input.mode == "static":
+        words.append("static")
+    return " ".join(words)
+
+
+def require_loadable(
+    runtime: str, fmt: str, scheme: Scheme, shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    """Raises BadRequest or BadShape, saying what the runtime does load, if it cannot load this.
+
+    ``shapes``: the quantized layers' (O, I). Raises UnknownName for an unknown runtime.
+    """
+    table = _table()
+    if runtime not in table:
+        raise UnknownName(f"unknown runtime {runtime!r}; known: {', '.join(table)}")
+    entry = table[runtime]
+    formats = {key: value for key, value in entry.items()
+               if isinstance(value, list) and key != "caches"}  # fmt: skip
+    asked = spelling(scheme)
+    if fmt not in formats:
+        raise BadRequest(f"{runtime} does not load the format {fmt}: use --format "
+                         f"{' or '.join(formats)}")  # fmt: skip
+    if not any(fnmatchcase(asked, pattern) for pattern in formats[fmt]):
+        raise BadRequest(f"{runtime} does not load {asked} from {fmt}; it does load "
+                         f"{', '.join(formats[fmt])}")  # fmt: skip
+    if scheme.kv_cache is not None:
+        cache_name = scheme.name.rpartition("-KV")[2]
+        if not any(fnmatchcase(f"KV{cache_name}", pattern) for pattern in entry["caches"]):
+            raise BadRequest(f"{runtime} does not load a KV{cache_name} cache; it does load "
+                             f"{', '.join(entry['caches']) or 'none in low bits'}")  # fmt: skip
+    step = entry.get("widths", 1)
+    for name, (rows, cols) in shapes.items():
+        if rows % step or cols % step:
+            raise BadShape(f"{name}: {runtime} needs widths in multiples of {step}, not {rows} x "
+                           f"{cols}: add it to --ignore")  # fmt: skip
