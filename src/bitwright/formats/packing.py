@@ -12,6 +12,8 @@ AWQ packs eight 4-bit codes of neighbouring output rows into a word, even rows f
 import torch
 from torch import Tensor
 
+from bitwright.errors import BadShape
+
 
 def pack(codes: Tensor, bits: int, dim: int = 1) -> Tensor:
     """uint8 codes (A, B) -> int32 words along ``dim``, ceil(side * bits / 32) of them."""
@@ -32,7 +34,12 @@ def pack(codes: Tensor, bits: int, dim: int = 1) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, side: int, dim: int = 1) -> Tensor:
-    """Inverse of `pack`: int32 words -> uint8 codes, ``side`` of them along ``dim``."""
+    """Inverse of `pack`: int32 words -> uint8 codes, ``side`` of them along ``dim``.
+
+    Raises BadShape for words that are no matrix.
+    """
+    if words.dim() != 2:
+        raise BadShape(f"packed codes have two dimensions, not {list(words.shape)}")
     if dim == 0:
         return unpack(words.T, bits, side).T.contiguous()
     rows = words.shape[0]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.errors import BadCheckpoint, BadTensor
+from bitwright.errors import BadCheckpoint, BadShape, BadTensor
 from bitwright.formats import FORMATS, get_format
 from bitwright.pipeline.checkpoint import Checkpoint, TensorInfo
 from bitwright.pipeline.topology import build_empty, compute_dtype, match_names, materialize
@@ -18,6 +18,8 @@ from bitwright.schemes.quantized import QuantizedLinear, dequantize
 OLDER_NAMES = {"auto_gptq": "gptq", "auto_awq": "awq"}
 COMPANIONS = ("quantize_config.json", "quant_config.json")
 MODELOPT = "hf_quant_config.json"
+# What arithmetic on tensors and values of a wrong kind raises, where a format did not look first.
+DAMAGE = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError)
 
 
 def stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -30,6 +32,8 @@ def stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
     config = config or checkpoint.config.get("compression_config") or _companion(checkpoint)
     if not config:
         return {}
+    if not isinstance(config, dict):
+        raise BadCheckpoint(f"quantization_config must be an object, not {config!r}")
     method = config.get("quant_method") or config.get("method")
     if method is None and ("zero_point" in config or "w_bit" in config):
         method = "awq"
@@ -69,7 +73,7 @@ def format_of(checkpoint: Checkpoint) -> Format | None:
     if not config:
         return None
     method = config["quant_method"]
-    if method not in FORMATS:
+    if not isinstance(method, str) or method not in FORMATS:
         raise BadCheckpoint(f"quantization method {method!r} cannot be read; known: "
                             f"{', '.join(FORMATS)}")  # fmt: skip
     return get_format(method)
@@ -78,7 +82,14 @@ def format_of(checkpoint: Checkpoint) -> Format | None:
 def read_layer(checkpoint: Checkpoint, fmt: Format, name: str) -> QuantizedLinear:
     """One quantized layer."""
     stored = [tensor for tensor in checkpoint.tensors if tensor.rpartition(".")[0] == name]
-    return fmt.decode(name, checkpoint.read(stored), stored_config(checkpoint))
+    tensors = checkpoint.read(stored)
+    try:
+        return fmt.decode(name, tensors, stored_config(checkpoint))
+    except (BadShape, *DAMAGE) as error:
+        raise BadCheckpoint(
+            f"layer {name} is not stored as {fmt.name} has it, or quantization_config says "
+            f"something else: {' '.join(str(error).split())[:200] or type(error).__name__}"
+        ) from error
 
 
 def load_model(
