@@ -217,7 +217,7 @@ def test_k_types_by_every_method_with_fallbacks_for_odd_widths(
 def test_k_types_belong_to_gguf_and_have_no_scales_to_tune(llama: Path) -> None:
     requests: list[tuple[dict[str, Any], str]] = [
         ({"format": "gptq"}, "--format gguf"),
-        ({"format": "gguf", "method": "gptq+tune"}, "tune"),
+        ({"format": "gguf", "method": "gptq+tune"}, "tuning"),
         ({"format": "gguf", "method": "obq"}, "obq"),
         ({"format": "gguf", "asymmetric": True}, "--asymmetric"),
         ({"format": "gguf", "group_size": 64}, "--group-size"),
