@@ -79,12 +79,14 @@ def prepare(
     damp: float = 0.01,
     order: str = "activation",
     smoothing: float | None = None,
+    true_inputs: float = 0.0,
     trust_remote_code: bool = False,
 ) -> Prepared:
     """Check a request against the model's headers; nothing is computed yet.
 
     ``effort``: how long methods that tune may take, see EFFORTS. ``damp`` and ``order`` are
-    GPTQ's; ``smoothing`` is SmoothQuant's strength, searched if None. ``activations`` (dynamic,
+    GPTQ's; ``smoothing`` is SmoothQuant's strength, searched if None; ``true_inputs``: see
+    methods.gptaq. ``activations`` (dynamic,
     static), ``granularity`` (tensor, channel, block) and ``kv_cache`` (none, fp8, int8, int4)
     change what the scheme's name says; ``input_range``: see methods.ranges; ``runtime``: refuse
     what it cannot load, see schemes/runtimes.toml. Raises BadRequest, BadShape, UnknownName,
@@ -103,6 +105,8 @@ def prepare(
         options |= {"damp": damp, "order": _known("order", order, ("activation", "natural"))}
     if chosen.fold == "smoothquant":
         options["smoothing"] = smoothing
+    if true_inputs:
+        options["true_inputs"] = _true_inputs(true_inputs, chosen)
     if chosen.tune:
         options["tune"] = EFFORTS[_known("effort", effort, tuple(EFFORTS))]
     _require_solvable(chosen, parsed.weight)
@@ -185,6 +189,14 @@ def _require_solvable(method: Method, weight: Spec) -> None:
         raise BadRequest("tuning needs scales of single rows: drop --granularity tensor")
     if method.solver != "rtn" and weight.group[0] not in (1, -1):
         raise BadRequest("gptq solves rows independently: for 2-D blocks use rtn, awq, smoothquant")
+
+
+def _true_inputs(strength: float, method: Method) -> float:
+    if not 0 < strength <= 1:
+        raise BadRequest(f"--true-inputs {strength:g}: give 0 (off) to 1")
+    if method.solver == "rtn":
+        raise BadRequest("--true-inputs is for methods that solve: gptq, obq, awq+gptq, best, ...")
+    return strength
 
 
 def _known(what: str, value: str, names: tuple[str, ...]) -> str:

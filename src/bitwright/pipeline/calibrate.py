@@ -1,5 +1,6 @@
 """Replaying a block over the calibration tokens, and what is learned on the way."""
 
+import copy
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +46,16 @@ class HiddenStates:
                 store[start : start + self.batch] = hidden
         assert store is not None
         self._store = store
+
+    def twin(self, file: Path) -> "HiddenStates":
+        """A copy in a file of its own, to be advanced by other weights than this one."""
+        other = copy.copy(self)
+        other._file = file
+        size = self._store.numel()
+        _reserve(file, size * self._store.element_size())
+        flat = torch.from_file(str(file), shared=True, size=size, dtype=self._store.dtype)
+        other._store = flat.view_as(self._store).copy_(self._store)
+        return other
 
     @property
     def tokens(self) -> int:
@@ -137,6 +148,42 @@ def collect(
         for handle in handles:
             handle.remove()
     return {group: total.stats() for group, total in sums.items()}
+
+
+def collect_drift(
+    block: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    shared: Sequence[SharedInput],
+    hidden: HiddenStates,
+    true: HiddenStates,
+    index: int,
+) -> dict[SharedInput, Tensor]:
+    """Mean over tokens of (x - x~) x~ᵀ per shared input, float32 (I, I).
+
+    x~ is what the block's Linears read behind the quantized blocks (``hidden``), x what they
+    read in the original model (``true``, which advances by this block, still unquantized).
+    """
+    seen: dict[SharedInput, Tensor] = {}
+    sums: dict[SharedInput, Tensor] = {}
+
+    def keep(group: SharedInput) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: seen.update({group: args[0].reshape(-1, args[0].shape[-1])})
+
+    handles = [linears[group.names[0]].register_forward_pre_hook(keep(group)) for group in shared]
+    try:
+        with torch.no_grad():
+            pairs = zip(hidden.batches(index), true.batches(index), strict=True)
+            for (_, behind_BTD, call), (where, true_BTD, _) in pairs:
+                call_block(block, behind_BTD, call)
+                behind = dict(seen)
+                true.put(where, call_block(block, true_BTD, call))
+                for group, x_TI in behind.items():
+                    drift_II = (seen[group].float() - x_TI.float()).T @ x_TI.float()
+                    sums[group] = sums[group].add_(drift_II) if group in sums else drift_II
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {group: total / hidden.tokens for group, total in sums.items()}
 
 
 class _Sums:

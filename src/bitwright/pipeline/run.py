@@ -2,15 +2,18 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from bitwright.errors import NotPositiveDefinite
 from bitwright.methods.compose import parse_method
+from bitwright.methods.gptaq import retarget
 from bitwright.pipeline.cache_scales import block_scales, observing
-from bitwright.pipeline.calibrate import HiddenStates, advance, collect
+from bitwright.pipeline.calibrate import HiddenStates, advance, collect, collect_drift
 from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, folder_bytes, require_space
 from bitwright.pipeline.folds import apply_fold, find_folds
 from bitwright.pipeline.inputs import SharedInput, shared_inputs
@@ -73,9 +76,11 @@ def quantize_checkpoint(
         with torch.no_grad():
             run_until_blocks(topology, torch.arange(8)[None])
         factor = output_factor(topology, source) if tune else 1.0
-        hidden = None
+        hidden, true = None, None
         if tokens_NT is not None:
             hidden = HiddenStates(topology, tokens_NT, writer.scratch / "hidden-states.bin")
+            if plan.options.get("true_inputs"):
+                true = hidden.twin(writer.scratch / "true-states.bin")
         release(topology.model)
         return_freed_memory()
         count = len(topology.block_names)
@@ -84,7 +89,7 @@ def quantize_checkpoint(
             progress(index, count, f"block {index + 1} of {count}")
             began = time.perf_counter()
             tensors = source.read(topology.block_tensors(index).values())
-            solved = quantize_block(source, topology, index, tensors, plan, hidden, report)
+            solved = quantize_block(source, topology, index, tensors, plan, hidden, report, true)
             if tune:
                 waiting.append(solved)
             else:
@@ -92,8 +97,9 @@ def quantize_checkpoint(
             del solved, tensors
             return_freed_memory()
             report.blocks.append(BlockCost(time.perf_counter() - began, peak_rss_bytes()))
-        if hidden is not None:
-            hidden.close()
+        for states in (hidden, true):
+            if states is not None:
+                states.close()
         if tune:
             assert tokens_NT is not None
             waiting = _tuned(
@@ -124,11 +130,13 @@ def quantize_block(
     plan: Plan,
     hidden: HiddenStates | None,
     report: Report,
+    true: HiddenStates | None = None,
 ) -> SolvedBlock:
     """Fold, then solve every Linear of one block.
 
     With ``hidden``, the block is replayed before (for statistics) and after (so that later
-    blocks are calibrated on what this one, quantized, really puts out).
+    blocks are calibrated on what this one, quantized, really puts out). With ``true``, the
+    original model's states, Linears aim at what they put out there.
     """
     linears = topology.linears[index]
     solved = SolvedBlock({}, {})
@@ -149,6 +157,8 @@ def quantize_block(
         shared = shared_inputs(topology.block(index), linears, first, call)
         stats = _statistics(topology, index, hidden, shared, sample=plan.needs_samples)
         return_freed_memory()
+        if true is not None:
+            _retarget(topology, index, weights, stats, plan, hidden, true, shared)
         original = dict(weights)
         exponents = _fold(topology, index, tensors, weights, stats, plan, hidden, shared, solved)
         rewritten = {key for key in weights if weights[key] is not original[key]}
@@ -212,6 +222,28 @@ def _statistics(
         topology.block(index), topology.linears[index], shared, hidden, index, sample=sample
     )
     return {name: by_input[group] for group in shared for name in group.names}
+
+
+def _retarget(
+    topology: Topology,
+    index: int,
+    weights: dict[str, Tensor],
+    stats: Mapping[str, InputStats],
+    plan: Plan,
+    hidden: HiddenStates,
+    true: HiddenStates,
+    shared: Sequence[SharedInput],
+) -> None:
+    """Replace the weights to be quantized by those that give the original model's outputs."""
+    block, linears = topology.block(index), topology.linears[index]
+    strength = float(plan.options["true_inputs"])
+    for group, drift_II in collect_drift(block, linears, shared, hidden, true, index).items():
+        hessian_II = stats[group.names[0]].hessian_II
+        for name in (layer_name(topology, module) for module in group.names):
+            if name in plan.quantized:
+                key = f"{name}.weight"
+                with suppress(NotPositiveDefinite):  # the solver meets the same and reports it
+                    weights[key] = retarget(weights[key], hessian_II, drift_II, strength=strength)
 
 
 def _fold(
@@ -297,7 +329,8 @@ def predicted_bytes(source: Checkpoint, topology: Topology, plan: Plan) -> int:
     if plan.calibration is not None:
         width = topology.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
         tokens = plan.calibration.samples * plan.calibration.sequence_length
-        total += tokens * width * compute_dtype(source).itemsize
+        states = 2 if plan.options.get("true_inputs") else 1
+        total += states * tokens * width * compute_dtype(source).itemsize
     return total
 
 
