@@ -28,8 +28,11 @@ PROBES = (
     ("bitwright.pipeline.folds", "find_folds", "find folds"),
     ("bitwright.methods.awq", "awq_scale", "awq search"),
     ("bitwright.methods.smoothquant", "smoothquant_scale", "smooth search"),
-    ("bitwright.methods.objective", "relative_output_error", "error report"),
+    ("bitwright.methods.objective", "row_errors", "error report"),
     ("bitwright.schemes.quantized", "dequantize", "dequantize"),
+    ("bitwright.pipeline.topology", "materialize", "put weights"),
+    ("bitwright.pipeline.inputs", "shared_inputs", "shared inputs"),
+    ("bitwright.pipeline.memory", "return_freed_memory", "free memory"),
 )
 
 

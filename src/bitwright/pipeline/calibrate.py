@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from bitwright.errors import NoSpace, UnsupportedModel
 from bitwright.pipeline.inputs import SharedInput
@@ -228,18 +229,20 @@ class _Sums:
         )
 
 
-def gram_of(x_TI: Tensor) -> Tensor:
-    """Xᵀ X in float32. bfloat16 inputs are multiplied as such (exactly) where that is faster."""
-    x = x_TI.float()
-    half = x.shape[1] // 2
+def gram_of(x_TI: Tensor, *, tile: int = 256) -> Tensor:
+    """Xᵀ X in float32. bfloat16 inputs are multiplied as such (exactly) where that is faster.
+
+    Only the lower triangle is multiplied, ``tile`` rows at a time, and mirrored.
+    """
+    x_IT = x_TI.T.contiguous().float()
+    width = len(x_IT)
+    gram = torch.empty(width, width, dtype=torch.float32, device=x_IT.device)
     with _bfloat16_products(x_TI.dtype is torch.bfloat16):
-        if half < 128:
-            return x.T @ x
-        gram = torch.empty(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
-        gram[:half] = x[:, :half].T @ x
-        gram[half:, half:] = x[:, half:].T @ x[:, half:]
-        gram[half:, :half] = gram[:half, half:].T
-        return gram
+        for start in range(0, width, tile):
+            part = slice(start, start + tile)
+            gram[part, : start + tile] = linear(x_IT[part], x_IT[: start + tile])
+            gram[:start, part] = gram[part, :start].T
+    return gram
 
 
 @contextmanager
