@@ -43,7 +43,10 @@ def quantize(
     progress: Progress = lambda done, total, note: None,
     **request: Any,
 ) -> Report:
-    """Quantize ``model`` into the folder ``output``; keywords are those of `prepare`."""
+    """Quantize ``model`` into the folder ``output``; keywords are those of `prepare`.
+
+    For mixed precision see `api_allocate.mixed_precision`, between `prepare` and `execute`.
+    """
     return execute(prepare(model, **request), output, overwrite=overwrite, progress=progress)
 
 

@@ -163,7 +163,7 @@ def prepare(
         options=options,
         notes=tuple(notes),
     )
-    return Prepared(source, topology, plan, fmt, _predict(source, topology, plan))
+    return Prepared(source, topology, plan, fmt, predict(source, topology, plan))
 
 
 def _adjusted(
@@ -266,8 +266,8 @@ def _outside(topology: Topology) -> list[Layer]:
     return out
 
 
-def _predict(source: Checkpoint, topology: Topology, plan: Plan) -> Prediction:
-    """Imports and tables, plus the embedding or one block (stored, float32 and codes)."""
+def predict(source: Checkpoint, topology: Topology, plan: Plan) -> Prediction:
+    """What a plan will need: imports and tables, plus the embedding or one block."""
     base = 450_000_000
     block = max(
         sum(source.tensors[t].nbytes for t in topology.block_tensors(i).values())

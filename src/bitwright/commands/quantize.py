@@ -75,6 +75,15 @@ def quantize(
         float, typer.Option(help="Fit to the original model's inputs (GPTAQ): 0 is off, try 0.5.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    target_bits: Annotated[
+        float | None, typer.Option(min=2, help="Mixed precision: mean bits per weight.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0, help="Mixed precision: estimated nats per token.")
+    ] = None,
+    choices: Annotated[
+        str | None, typer.Option(help="Bit widths to mix, such as 3,4,8; 16 leaves alone.")
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -86,6 +95,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL into the folder OUT; times, memory and versions into OUT.run.json."""
     from bitwright import api
+    from bitwright.api_allocate import mixed_precision
     from bitwright.commands import record
 
     quiet = quiet or as_json
@@ -117,6 +127,12 @@ def quantize(
         true_inputs=true_inputs,
         trust_remote_code=trust_remote_code,
     )
+    if target_bits is not None or max_kl is not None:
+        with _progress(quiet) as advance:
+            prepared, _ = mixed_precision(
+                prepared, target_bits=target_bits, max_kl=max_kl, choices=_widths(choices),
+                runtime=runtime, progress=advance,
+            )  # fmt: skip
     if not quiet:
         for note in prepared.plan.notes:
             screen.print(f"[yellow]note[/] {note}")
@@ -169,6 +185,13 @@ def quantize(
             print_verdict(verdict)
         if not verdict.passed:
             raise typer.Exit(1)
+
+
+def _widths(choices: str | None) -> list[int] | None:
+    try:
+        return None if choices is None else [int(word) for word in choices.split(",")]
+    except ValueError:
+        raise BadRequest(f"--choices {choices!r}: give bit widths such as 3,4,8") from None
 
 
 def _require_device(device: Device) -> None:

@@ -72,7 +72,7 @@ def original_outputs(
         release(topology.block(index))
     out: Tensor | None = None
     for where, batch, _ in hidden.batches(0):
-        with _blocks_return(topology, batch):
+        with blocks_return(topology, batch):
             last = topology.model.base_model(  # type: ignore[operator]
                 input_ids=tokens_NT[where], use_cache=False
             ).last_hidden_state
@@ -100,7 +100,7 @@ def output_factor(topology: Topology, source: Checkpoint) -> float:
     topology.model.tie_weights()  # type: ignore[operator]
     tokens_BT = torch.arange(16)[None]
     embedded = topology.model.get_input_embeddings()(tokens_BT)  # type: ignore[operator]
-    with _blocks_return(topology, embedded):
+    with blocks_return(topology, embedded):
         logits = topology.model(input_ids=tokens_BT, use_cache=False).logits[0].float()
         hidden = topology.model.base_model(  # type: ignore[operator]
             input_ids=tokens_BT, use_cache=False
@@ -219,7 +219,7 @@ def _assemble(
 
 
 @contextmanager
-def _blocks_return(topology: Topology, hidden_BTD: Tensor) -> Iterator[None]:
+def blocks_return(topology: Topology, hidden_BTD: Tensor) -> Iterator[None]:
     """Run only what comes before and after the blocks, given what the last of them puts out."""
     blocks: list[nn.Module] = [topology.block(i) for i in range(len(topology.block_names))]
     for block in blocks:

@@ -271,10 +271,11 @@ def _fold(
     for fold in find_folds(block, linears, shared, first, call):
         readers = [keys[f"{name}.weight"] for name in fold.shared.names]
         stat = stats[fold.shared.names[0]]
+        planned = plan.quantized.get(readers[0].removesuffix(".weight"))
+        scheme = plan.scheme if planned is None or planned.scheme is None else planned.scheme
         chosen = choose_input_scale(
-            kind, [values[r] for r in readers], stat, plan.scheme, plan.options,
-            fold.channel_I,
-        )  # fmt: skip
+            kind, [values[r] for r in readers], stat, scheme, plan.options, fold.channel_I
+        )
         applied_I = apply_fold(fold, keys, values, chosen.scale_I)
         scaled = scaled_stats(stat, applied_I)
         for name in fold.shared.names:
