@@ -40,6 +40,7 @@ def quantize(
     output: str | Path,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress = lambda done, total, note: None,
     **request: Any,
 ) -> Report:
@@ -47,7 +48,8 @@ def quantize(
 
     For mixed precision see `api_allocate.mixed_precision`, between `prepare` and `execute`.
     """
-    return execute(prepare(model, **request), output, overwrite=overwrite, progress=progress)
+    prepared = prepare(model, **request)
+    return execute(prepared, output, overwrite=overwrite, resume=resume, progress=progress)
 
 
 def execute(
@@ -55,9 +57,10 @@ def execute(
     output: str | Path,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress = lambda done, total, note: None,
 ) -> Report:
-    """Carry out a prepared request."""
+    """Carry out a prepared request; with ``resume`` go on where a stopped run of it was."""
     target = Path(output).expanduser()
     if target.exists() and not overwrite:
         raise BadRequest(f"{target} exists: choose another output or add --overwrite")
@@ -80,6 +83,7 @@ def execute(
         prepared.fmt,
         tokens_NT=tokens,
         overwrite=overwrite or is_gguf,
+        resume=resume,
         progress=progress,
     )
     if is_gguf:

@@ -172,7 +172,10 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == 130:  # how typer ends on an interrupt
-            print("bitwright: stopped; nothing was written", file=sys.stderr)
+            print(
+                "bitwright: stopped; no output was changed",
+                file=sys.stderr,
+            )
         raise
 
 

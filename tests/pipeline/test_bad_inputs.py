@@ -314,11 +314,27 @@ def test_a_disk_that_fills_up_on_the_way(
     command = [sys.executable, "-c", _DRIVER, "quantize", str(llama), str(small_disk / "out")]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     _refused(Ran(done.returncode, done.stdout, done.stderr), "is full")
-    assert list(small_disk.iterdir()) == []
+    assert not (small_disk / "out").exists()
+    left = [path.name for path in small_disk.iterdir()]
+    assert left == [] if method == "gptq" else sorted(left) == [".out.partial", ".out.work"]
+    larger = ["mount", "-o", "remount,size=8m", str(small_disk)]
+    subprocess.run(larger, check=True)
+    subprocess.run([*command, *options, "--resume"], check=True, capture_output=True)
+    whole = subprocess.run(
+        [*command[:-1], str(small_disk / "whole"), *options], check=False, capture_output=True
+    )
+    assert whole.returncode == 0
+    assert contents(small_disk / "out") == contents(small_disk / "whole")
+    assert sorted(p.name for p in small_disk.iterdir() if p.is_dir()) == ["out", "whole"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_no_space_at_any_shard_leaves_nothing(
+def test_no_space_at_any_shard_can_be_resumed(
     after: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import bitwright.pipeline.checkpoint as checkpoint
@@ -336,4 +352,9 @@ def test_no_space_at_any_shard_leaves_nothing(
     with pytest.raises(NoSpace, match="full"):
         bitwright.quantize(llama, tmp_path / "out")
     assert len(written) == after
-    assert list(tmp_path.iterdir()) == []
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ([".out.partial", ".out.work"] if after else [])
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    bitwright.quantize(llama, tmp_path / "out", resume=True)
+    bitwright.quantize(llama, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

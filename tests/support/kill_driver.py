@@ -99,6 +99,7 @@ def main() -> None:
             shutil.copytree(older, out)
         if mode != "moments":  # leftovers of the last kill would shift the count
             shutil.rmtree(folder / ".out.partial", ignore_errors=True)
+            shutil.rmtree(folder / ".out.work", ignore_errors=True)
         moment = randomness.uniform(0.02, duration) if mode == "moments" else 0.0
         at = -1 if mode == "moments" else number
         tally["killed"] += trial(model, out, at, moment, count_file)

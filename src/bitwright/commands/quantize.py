@@ -90,6 +90,9 @@ def quantize(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print, stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the same run was stopped, if it was.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -147,7 +150,7 @@ def quantize(
             _print_plan(prepared)
         return
     with _progress(quiet) as advance:
-        done = api.execute(prepared, out, overwrite=overwrite, progress=advance)
+        done = api.execute(prepared, out, overwrite=overwrite, resume=resume, progress=advance)
     record.write_json(record.run_file(out), record.describe(done, record.command_line()))
     layers = [
         {key: value for key, value in asdict(row).items() if value not in ("", None)}

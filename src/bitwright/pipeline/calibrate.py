@@ -1,6 +1,7 @@
 """Replaying a block over the calibration tokens, and what is learned on the way."""
 
 import copy
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from bitwright.errors import NoSpace, UnsupportedModel
+from bitwright.errors import BadRequest, NoSpace, UnsupportedModel
 from bitwright.pipeline.inputs import SharedInput
 from bitwright.pipeline.topology import BlockCall, Topology, call_block, run_until_blocks
 from bitwright.schemes.stats import InputStats
@@ -21,41 +22,49 @@ SAMPLED_TOKENS = 512
 
 
 class HiddenStates:
-    """The input of the current block for every calibration sample, in a mapped file.
+    """The input of the current block for every calibration sample, in mapped files.
 
     Batches of whole samples; block kwargs (masks, rotary tables) are recorded once per batch
-    size, after checking that they do not depend on the tokens.
+    size, after checking that they do not depend on the tokens. What a block puts out goes into a
+    second file, which `turn` makes the current one: a crash in between loses nothing.
     """
 
-    def __init__(self, topology: Topology, tokens_NT: Tensor, file: Path) -> None:
+    def __init__(self, topology: Topology, tokens_NT: Tensor, file: Path, done: int = 0) -> None:
+        """The embedded tokens, or after ``done`` turns what an earlier run left in the files."""
         samples, length = tokens_NT.shape
         self.batch = max(1, min(samples, TOKENS_PER_BATCH // length))
         self._calls: dict[int, list[BlockCall]] = {}
         self._file = file
-        store: Tensor | None = None
+        self._turns = done
+        self._stores: list[Tensor] = []
         with torch.no_grad():
             for start in range(0, samples, self.batch):
                 tokens = tokens_NT[start : start + self.batch]
+                if done and len(tokens) in self._calls:
+                    continue
                 hidden, calls = run_until_blocks(topology, tokens)
                 known = self._calls.setdefault(len(tokens), calls)
                 _require_same(known, calls)
-                if store is None:
-                    size = samples * length * hidden.shape[-1]
-                    _reserve(file, size * hidden.element_size())
-                    flat = torch.from_file(str(file), shared=True, size=size, dtype=hidden.dtype)
-                    store = flat.view(samples, length, hidden.shape[-1])
-                store[start : start + self.batch] = hidden
-        assert store is not None
-        self._store = store
+                if not self._stores:
+                    shape = (samples, length, hidden.shape[-1])
+                    self._stores = _mapped(file, shape, hidden.dtype, keep=done > 0)
+                if not done:
+                    self._store[start : start + self.batch] = hidden
+
+    @property
+    def _store(self) -> Tensor:
+        return self._stores[self._turns % 2]
 
     def twin(self, file: Path) -> "HiddenStates":
-        """A copy in a file of its own, to be advanced by other weights than this one."""
+        """A copy in files of its own, to be advanced by other weights than this one.
+
+        After turns of an earlier run: what that run left in ``file``.
+        """
         other = copy.copy(self)
         other._file = file
-        size = self._store.numel()
-        _reserve(file, size * self._store.element_size())
-        flat = torch.from_file(str(file), shared=True, size=size, dtype=self._store.dtype)
-        other._store = flat.view_as(self._store).copy_(self._store)
+        other._stores = _mapped(file, self._store.shape, self._store.dtype, keep=self._turns > 0)
+        if not self._turns:
+            other._store.copy_(self._store)
         return other
 
     @property
@@ -70,13 +79,42 @@ class HiddenStates:
             yield where, self._store[where], self._calls[where.stop - where.start][index]
 
     def put(self, where: slice, hidden_BTD: Tensor) -> None:
-        """Replace one batch by a block's output."""
-        self._store[where] = hidden_BTD
+        """What a block puts out for one batch; it counts from the next `turn` on."""
+        self._stores[1 - self._turns % 2][where] = hidden_BTD
+
+    def turn(self) -> None:
+        """Make what was put current."""
+        self._turns += 1
+
+    def sync(self) -> None:
+        """Have the current states on the disk."""
+        with _named(self._file, self._turns % 2).open("rb") as handle:
+            os.fsync(handle.fileno())
 
     def close(self) -> None:
-        """Delete the file."""
-        del self._store
-        self._file.unlink(missing_ok=True)
+        """Delete the files."""
+        self._stores.clear()
+        for parity in (0, 1):
+            _named(self._file, parity).unlink(missing_ok=True)
+
+
+def _named(file: Path, parity: int) -> Path:
+    return file.with_name(f"{file.name}.{parity}")
+
+
+def _mapped(file: Path, shape: Sequence[int], dtype: torch.dtype, *, keep: bool) -> list[Tensor]:
+    """Two mapped files of that shape; with ``keep`` they exist already."""
+    size = math.prod(shape)
+    stores = []
+    for parity in (0, 1):
+        path = _named(file, parity)
+        if not keep:
+            _reserve(path, size * dtype.itemsize)
+        elif not path.is_file() or path.stat().st_size != size * dtype.itemsize:
+            raise BadRequest(f"--resume: {path} is gone or damaged: start over without --resume")
+        flat = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+        stores.append(flat.view(tuple(shape)))
+    return stores
 
 
 def _reserve(file: Path, size: int) -> None:
@@ -116,6 +154,7 @@ def advance(block: nn.Module, hidden: HiddenStates, index: int) -> None:
     with torch.no_grad():
         for where, batch, call in hidden.batches(index):
             hidden.put(where, call_block(block, batch, call))
+    hidden.turn()
 
 
 def collect(
@@ -184,6 +223,7 @@ def collect_drift(
     finally:
         for handle in handles:
             handle.remove()
+    true.turn()
     return {group: total / hidden.tokens for group, total in sums.items()}
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -175,40 +176,60 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+_FINAL = re.compile(r"model(?:-(\d{5})-of-\d{5})?\.safetensors")
+
+
 class CheckpointWriter:
     """Writes shards into a hidden folder next to ``target``; `commit` renames it into place.
 
-    Whatever happens before `commit` returns, ``target`` is absent or what it was before.
+    Whatever happens before `commit` returns, ``target`` is absent or what it was before. With
+    ``resume`` what an earlier writer left is kept, and `keep` says which shards count.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool) -> None:
+    def __init__(self, target: Path, *, overwrite: bool, resume: bool = False) -> None:
         if target.exists() and not overwrite:
             raise BadRequest(f"{target} exists: choose another output or add --overwrite")
         self.target = target
         self.folder = target.parent / f".{target.name}.partial"
+        self.scratch = target.parent / f".{target.name}.work"
         self._index: dict[str, str] = {}
         self._bytes = 0
         self._shards: list[str] = []
-        with _disk(self.folder):
+        with disk(self.folder):
             target.parent.mkdir(parents=True, exist_ok=True)
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
-            self.folder.mkdir()
-            self.scratch.mkdir()
+            for folder in (self.folder, self.scratch):
+                if folder.exists() and not resume:
+                    shutil.rmtree(folder)
+                folder.mkdir(exist_ok=True)
 
-    @property
-    def scratch(self) -> Path:
-        """A folder for working files; it never becomes part of the output."""
-        return self.folder / "scratch"
+    def keep(self, shards: int) -> None:
+        """Go on after the first ``shards`` shards that an earlier writer wrote."""
+        with disk(self.folder):
+            for path in sorted(self.folder.iterdir()):  # an earlier commit may have renamed some
+                if (match := _FINAL.fullmatch(path.name)) is not None:
+                    number = int(match[1] or 1) - 1
+                    path.rename(self.folder / _part(number))
+            wanted = [_part(number) for number in range(shards)]
+            for path in self.folder.iterdir():
+                if path.name not in wanted:
+                    path.unlink()
+            for file in wanted:
+                with _open(self.folder / file) as handle:
+                    for name in handle.keys():  # noqa: SIM118
+                        self._index[name] = file
+                        part = handle.get_tensor(name)
+                        self._bytes += part.nbytes
+                self._shards.append(file)
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
         """Write one shard holding ``tensors``."""
         if not tensors:
             return
-        file = f"part-{len(self._shards):05d}.safetensors"
-        with _disk(self.folder):
+        file = _part(len(self._shards))
+        with disk(self.folder):
             data = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(data, self.folder / file, metadata={"format": "pt"})
+            _sync(self.folder / file)
         self._shards.append(file)
         for name, tensor in tensors.items():
             self._index[name] = file
@@ -216,14 +237,14 @@ class CheckpointWriter:
 
     def write_json(self, name: str, value: object) -> None:
         """Write one JSON file, keys in the order given."""
-        with _disk(self.folder):
+        with disk(self.folder):
             (self.folder / name).write_text(
                 json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
             )
 
     def copy_companions(self, source: Path) -> None:
         """Copy tokenizer, chat template and generation config, as they are."""
-        with _disk(self.folder):
+        with disk(self.folder):
             for pattern in COMPANIONS:
                 for path in sorted(source.glob(pattern)):
                     if path.is_file():
@@ -231,8 +252,7 @@ class CheckpointWriter:
 
     def commit(self) -> None:
         """Name the shards, write the index, flush to disk, and rename the folder into place."""
-        with _disk(self.folder):
-            shutil.rmtree(self.scratch)
+        with disk(self.folder):
             count = len(self._shards)
             names = {
                 file: f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE
@@ -255,10 +275,16 @@ class CheckpointWriter:
             self.folder.rename(self.target)
             _sync(self.target.parent)
             shutil.rmtree(old_folder, ignore_errors=True)
+            shutil.rmtree(self.scratch, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove everything written so far."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def _part(number: int) -> str:
+    return f"part-{number:05d}.safetensors"
 
 
 def require_space(target: Path, needed: int) -> None:
@@ -288,7 +314,8 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _disk(folder: Path) -> Iterator[None]:
+def disk(folder: Path) -> Iterator[None]:
+    """Errors of writing under ``folder`` as NoSpace or BadRequest."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -296,7 +323,7 @@ def _disk(folder: Path) -> Iterator[None]:
         full = full or (isinstance(error, OSError) and error.errno == errno.ENOSPC)
         if full:
             raise NoSpace(
-                f"the disk of {folder.parent} is full: nothing was kept; free some space or "
+                f"the disk of {folder.parent} is full: free some space and add --resume, or "
                 "write elsewhere"
             ) from error
         raise BadRequest(f"cannot write {folder}: {error}") from error

@@ -1,5 +1,6 @@
 """What a run did, layer by layer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,19 @@ class Report:
             "refinement": self.refinement,
             "layers": [row_json(row) for row in self.layers],
         }
+
+    def block_json(self, first: int) -> dict[str, Any]:
+        """The last block: its layers, which are those from line ``first`` on, and its cost."""
+        return {
+            "layers": [row_json(row) for row in self.layers[first:]],
+            "cost": vars(self.blocks[-1]),
+        }
+
+    def restore(self, block: Mapping[str, Any]) -> None:
+        """Append a block that an earlier run finished, from its `block_json`."""
+        for row in block["layers"]:
+            self.layers.append(LayerReport(**row | {"shape": tuple(row["shape"])}))
+        self.blocks.append(BlockCost(**block["cost"]))
 
     def add_ignored(self) -> None:
         """List the layers that were left alone, with their reasons."""

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from bitwright.errors import NotPositiveDefinite
+from bitwright.errors import BadCheckpoint, BadRequest, NotPositiveDefinite
 from bitwright.methods.compose import parse_method
 from bitwright.methods.gptaq import retarget
 from bitwright.pipeline.cache_scales import block_scales, observing
@@ -17,11 +17,13 @@ from bitwright.pipeline.calibrate import HiddenStates, advance, collect, collect
 from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, folder_bytes, require_space
 from bitwright.pipeline.folds import apply_fold, find_folds
 from bitwright.pipeline.inputs import SharedInput, shared_inputs
+from bitwright.pipeline.journal import Journal, request_of
 from bitwright.pipeline.memory import peak_rss_bytes, return_freed_memory
 from bitwright.pipeline.online import transform_config
 from bitwright.pipeline.refine import Effort, output_factor, refine
 from bitwright.pipeline.report import BlockCost, Report
 from bitwright.pipeline.solve import choose_input_scale, input_of, solve_layers
+from bitwright.pipeline.solved import SolvedBlock, encoded, park, unpark
 from bitwright.pipeline.topology import (
     Topology,
     compute_dtype,
@@ -33,20 +35,10 @@ from bitwright.pipeline.topology import (
 )
 from bitwright.schemes.plan import Plan
 from bitwright.schemes.protocols import Format
-from bitwright.schemes.quantized import CacheScales, QuantizedLinear, dequantize
+from bitwright.schemes.quantized import dequantize
 from bitwright.schemes.stats import InputStats, scaled_stats
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True, eq=False)
-class SolvedBlock:
-    """Codes by layer name, the other tensors that folding rewrote, by checkpoint name, and the
-    static scales of keys and values by attention name."""
-
-    codes: dict[str, QuantizedLinear]
-    changed: dict[str, Tensor]
-    cache: dict[str, CacheScales] = field(default_factory=dict)
 
 
 def quantize_checkpoint(
@@ -58,19 +50,27 @@ def quantize_checkpoint(
     *,
     tokens_NT: Tensor | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress = lambda done, total, note: None,
 ) -> Report:
     """Quantize block by block and write ``target`` in one step at the end.
 
-    ``tokens_NT``: int64 calibration samples, required by methods that calibrate. Raises
-    BadTensor for weights that are not finite and NoSpace for a full disk; in every failure
-    ``target`` is untouched.
+    ``tokens_NT``: int64 calibration samples, required by methods that calibrate. ``resume``: go
+    on after the last finished block of a run that was stopped, if there is one. Raises BadTensor
+    for weights that are not finite, NoSpace for a full disk, and BadRequest if that run was
+    another one; in every failure ``target`` is untouched.
     """
     start = time.perf_counter()
     report = Report(plan, bytes_before=source.nbytes)
-    require_space(target, predicted_bytes(source, topology, plan))
-    writer = CheckpointWriter(target, overwrite=overwrite)
+    if not resume:
+        require_space(target, predicted_bytes(source, topology, plan))
+    writer = CheckpointWriter(target, overwrite=overwrite, resume=resume)
+    journal = Journal(writer.scratch, request_of(source, plan, tokens_NT))
     tune = parse_method(plan.method).tune
+    done = len(journal.blocks)
+    writer.keep(0 if tune else done)
+    for block in journal.blocks:
+        report.restore(block)
     try:
         load_outside(topology, source)
         with torch.no_grad():
@@ -78,48 +78,57 @@ def quantize_checkpoint(
         factor = output_factor(topology, source) if tune else 1.0
         hidden, true = None, None
         if tokens_NT is not None:
-            hidden = HiddenStates(topology, tokens_NT, writer.scratch / "hidden-states.bin")
+            hidden = HiddenStates(topology, tokens_NT, writer.scratch / "hidden-states", done)
             if plan.options.get("true_inputs"):
-                true = hidden.twin(writer.scratch / "true-states.bin")
+                true = hidden.twin(writer.scratch / "true-states")
         release(topology.model)
         return_freed_memory()
         count = len(topology.block_names)
-        waiting: list[SolvedBlock] = []
-        for index in range(count):
+        for index in range(done, count):
             progress(index, count, f"block {index + 1} of {count}")
-            began = time.perf_counter()
+            began, lines = time.perf_counter(), len(report.layers)
             tensors = source.read(topology.block_tensors(index).values())
             solved = quantize_block(source, topology, index, tensors, plan, hidden, report, true)
             if tune:
-                waiting.append(solved)
+                park(solved, _parked(writer, index))
             else:
-                writer.write_shard(_encoded(solved, tensors, fmt))
+                writer.write_shard(encoded(solved, tensors, fmt))
             del solved, tensors
             return_freed_memory()
+            for states in (hidden, true):
+                if states is not None:
+                    states.sync()
             report.blocks.append(BlockCost(time.perf_counter() - began, peak_rss_bytes()))
-        for states in (hidden, true):
-            if states is not None:
-                states.close()
+            journal.commit(report.block_json(lines))
         if tune:
             assert tokens_NT is not None
-            waiting = _tuned(
-                source, topology, plan, waiting, tokens_NT, factor, writer, report, progress
+            blocks = [unpark(_parked(writer, index), plan) for index in range(count)]
+            tuned = _tuned(
+                source, topology, plan, blocks, tokens_NT, factor, writer, report, progress
             )
-            for index, solved in enumerate(waiting):
+            for index, solved in enumerate(tuned):
                 tensors = source.read(topology.block_tensors(index).values())
-                writer.write_shard(_encoded(solved, tensors, fmt))
+                writer.write_shard(encoded(solved, tensors, fmt))
         for name in sorted(set(source.tensors) - _inside(topology)):
             writer.write_shard(source.read([name]))
         report.add_ignored()
         _finish(source, writer, plan, fmt, report)
-    except BaseException:
+    except (BadRequest, BadCheckpoint):  # the same would happen again
         writer.discard()
+        raise
+    except BaseException:
+        if not journal.blocks:
+            writer.discard()
         raise
     progress(count, count, "done")
     report.bytes_after = folder_bytes(target)
     report.seconds = time.perf_counter() - start
     report.peak_rss_bytes = peak_rss_bytes()
     return report
+
+
+def _parked(writer: CheckpointWriter, index: int) -> Path:
+    return writer.scratch / f"solved-{index:05d}.safetensors"
 
 
 def quantize_block(
@@ -330,21 +339,9 @@ def predicted_bytes(source: Checkpoint, topology: Topology, plan: Plan) -> int:
     if plan.calibration is not None:
         width = topology.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
         tokens = plan.calibration.samples * plan.calibration.sequence_length
-        states = 2 if plan.options.get("true_inputs") else 1
+        states = 4 if plan.options.get("true_inputs") else 2
         total += states * tokens * width * compute_dtype(source).itemsize
     return total
-
-
-def _encoded(solved: SolvedBlock, tensors: Mapping[str, Tensor], fmt: Format) -> dict[str, Tensor]:
-    out = dict(tensors)
-    out |= {name: value.to(tensors[name].dtype) for name, value in solved.changed.items()}
-    for name, q in solved.codes.items():
-        del out[f"{name}.weight"]
-        bias = out.pop(f"{name}.bias", None)
-        out |= fmt.encode(name, replace(q, bias_O=bias))
-    for attention, scales in solved.cache.items():
-        out |= fmt.encode_cache(attention, scales)
-    return out
 
 
 def _finish(
