@@ -9,7 +9,7 @@ from support.models import make_model
 
 SIZES = {
     "hidden_size": 256,
-    "intermediate_size": 768,
+    "intermediate_size": 1024,
     "num_attention_heads": 4,
     "tie_word_embeddings": True,
 }
