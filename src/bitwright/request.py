@@ -32,7 +32,7 @@ GroupSize = int | str
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"steps": 30, "batch": 2, "check_every": 15},
     "balanced": {"steps": 70, "batch": 2, "check_every": 35},
-    "best": {"steps": 600, "batch": 2, "check_every": 50},
+    "best": {"steps": 300, "batch": 2, "check_every": 50},
 }
 
 
