@@ -1,0 +1,1 @@
+"""Matrix products with low-bit weights; `reference` is the specification of all of them."""
