@@ -121,15 +121,18 @@ def evaluate(
     return evaluate_model(network, chosen, reference=other, new_cache=cache, progress=progress)
 
 
-def load(model: str | Path) -> tuple[Any, Any]:
-    """(transformers model, tokenizer) of a folder, hub id or GGUF file, quantized or not."""
+def load(model: str | Path, *, packed: bool = False) -> tuple[Any, Any]:
+    """(transformers model, tokenizer) of a folder, hub id or GGUF file, quantized or not.
+
+    With ``packed``, 4-bit weights stay 4-bit in memory where this machine has a kernel for them.
+    """
     checkpoint = resolve(model)
-    return load_model(checkpoint), load_tokenizer(checkpoint)
+    return load_model(checkpoint, packed=packed), load_tokenizer(checkpoint)
 
 
 def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str:
     """The model's greedy answer to one prompt, through its chat template if it has one."""
-    network, tokenizer = load(model)
+    network, tokenizer = load(model, packed=True)
     new_cache = cache_factory(resolve(model), network)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]

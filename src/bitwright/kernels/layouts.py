@@ -63,7 +63,16 @@ class GpuWeight:
     integer: bool
 
 
-INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbouring columns sits in nibble 0, 1, ..
+INTERLEAVED = (
+    0,
+    2,
+    4,
+    6,
+    1,
+    3,
+    5,
+    7,
+)  # which of eight neighbouring columns sits in nibble 0, 1, ..
 
 
 def why_not_packed(q: QuantizedLinear) -> str:
@@ -96,7 +105,9 @@ def pack_for_cpu(q: QuantizedLinear) -> CpuWeight:
     for t in range(tiles):  # tile by tile: a layer's codes are never held twice
         tile = full[t * LANES : (t + 1) * LANES].to(torch.int16)
         nibbles = tile.reshape(4, 16, cols // STEP, 4, 2)  # J C K S H
-        word = sum((nibbles[:, :, :, s] << (4 * s) for s in range(4)), torch.zeros((), dtype=torch.int16))
+        word = sum(
+            (nibbles[:, :, :, s] << (4 * s) for s in range(4)), torch.zeros((), dtype=torch.int16)
+        )
         words[t] = word.permute(2, 0, 1, 3).reshape(cols // STEP, 4, 32)
     return CpuWeight(
         words_TKJL=words,

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from bitwright.errors import BadCheckpoint, BadShape, BadTensor
 from bitwright.formats import FORMATS, get_format
+from bitwright.kernels.dispatch import why_not
 from bitwright.pipeline.checkpoint import Checkpoint, TensorInfo
 from bitwright.pipeline.topology import build_empty, compute_dtype, match_names, materialize
+from bitwright.runtime.linear import PackedLinear
 from bitwright.schemes.inputs import round_input
 from bitwright.schemes.protocols import Format
 from bitwright.schemes.quantized import QuantizedLinear, dequantize
@@ -93,12 +95,18 @@ def read_layer(checkpoint: Checkpoint, fmt: Format, name: str) -> QuantizedLinea
 
 
 def load_model(
-    checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+    trust_remote_code: bool = False,
 ) -> Any:
     """The model with its weights dequantized to ``dtype`` (default: as computed), on the CPU.
 
     Inputs of Linears with low-bit activations are rounded as their scheme says. What it computes
-    is the specification that every runtime is compared with.
+    is the specification that every runtime is compared with. With ``packed``, Linears that a
+    kernel of this machine takes keep their codes instead: less memory, faster, the same up to
+    rounding of sums.
     """
     fmt = format_of(checkpoint)
     quantized: set[str] = set()
@@ -112,6 +120,9 @@ def load_model(
         name = tensor.removesuffix(".weight")
         if fmt is not None and tensor.endswith(".weight") and name in quantized:
             q = read_layer(checkpoint, fmt, name)
+            if packed and not why_not(q):
+                _put_packed(model, parameter.removesuffix(".weight"), q)
+                continue
             value: Tensor = dequantize(q, dtype)
             if value.shape != model.get_parameter(parameter).shape:
                 raise BadTensor(
@@ -125,6 +136,18 @@ def load_model(
         materialize(model, {parameter: value}, dtype)
     model.tie_weights()  # type: ignore[operator]
     return model
+
+
+def _put_packed(model: nn.Module, name: str, q: QuantizedLinear) -> None:
+    """In place of a Linear; its bias, which has no codes, comes with ``q``."""
+    linear = model.get_submodule(name)
+    if linear.weight.shape != q.shape:
+        raise BadTensor(
+            f"layer {name} decodes to {list(q.shape)}, but config.json asks for "
+            f"{list(linear.weight.shape)}"  # type: ignore[arg-type]
+        )
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, PackedLinear(q))
 
 
 def round_inputs(linear: nn.Module, q: QuantizedLinear) -> None:

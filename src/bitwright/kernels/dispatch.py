@@ -1,0 +1,62 @@
+"""Packed products as torch operators, so that they work inside torch.compile.
+
+`pack` stores a layer for the kernel of a device and `product` runs it. CPUs have one so far;
+importing needs neither a compiler nor a GPU.
+"""
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import BadRequest
+from bitwright.kernels.cpu_build import why_not_compiled
+from bitwright.kernels.cpu_w4a16 import w4a16
+from bitwright.kernels.layouts import CpuWeight, pack_for_cpu, why_not_packed
+from bitwright.schemes.quantized import QuantizedLinear
+
+
+def why_not(q: QuantizedLinear, device: torch.device | str = "cpu") -> str:
+    """Why no kernel takes this layer there; "" if one does."""
+    if torch.device(device).type != "cpu":
+        return f"there is no kernel for {device} yet"
+    return why_not_packed(q) or why_not_compiled()
+
+
+def pack(q: QuantizedLinear, device: torch.device | str = "cpu") -> CpuWeight:
+    """A layer in its kernel's storage. Raises BadRequest if `why_not` has a reason."""
+    if reason := why_not(q, device):
+        raise BadRequest(f"this layer cannot be packed: {reason}")
+    return pack_for_cpu(q)
+
+
+def product(x: Tensor, w: CpuWeight) -> Tensor:
+    """x Wᵀ + bias for x of any leading shape, (..., I) -> (..., O) in ``x``'s dtype."""
+    out: Tensor = _w4a16(
+        x, w.words_TKJL, w.scale_TGN, w.zero_TGN, w.table, w.bias_O, w.order_I,
+        w.shape[0], w.shape[1], w.group_size, w.factor,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("bitwright::w4a16_cpu", mutates_args=())
+def _w4a16(
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    table: Tensor,
+    bias: Tensor | None,
+    order: Tensor | None,
+    rows: int,
+    cols: int,
+    group_size: int,
+    factor: float,
+) -> Tensor:
+    weight = CpuWeight(words, scale, zero, table, bias, order, (rows, cols), group_size, factor)
+    return w4a16(x.reshape(-1, cols), weight).view(*x.shape[:-1], rows)
+
+
+@_w4a16.register_fake
+def _(x: Tensor, *rest: object) -> Tensor:
+    rows = rest[6]
+    assert isinstance(rows, int)
+    return x.new_empty((*x.shape[:-1], rows))
