@@ -14,6 +14,7 @@ from bitwright.numerics.grids import E4M3, E8M0, IntGrid, values
 from bitwright.schemes.quantized import QuantizedLinear
 
 LANES = 64  # output channels of one CPU tile: four vectors of 16
+BLOCK = 128  # input columns of one GPU block: eight steps of 16
 STEP = 8  # input columns of one 16-byte row of a CPU tile
 
 
@@ -42,37 +43,24 @@ class CpuWeight:
 
 @dataclass(frozen=True, eq=False)
 class GpuWeight:
-    """4-bit weights in the order the Triton kernel loads them.
+    """4-bit integer weights in the order the Triton kernel loads them.
 
-    ``words_OW``: int32 (O, I / 8), eight input columns each, in the order of `INTERLEAVED`:
-    masking a word shifted by 0, 4, 8 or 12 bits leaves two neighbouring columns in its halves.
-    ``scale_GO``: (G, O) in 16 bits (E4M3 and E8M0 scales are exact in bfloat16); ``zero_GO``
-    likewise or None, what is subtracted from a code's value before scaling. Channels are
-    neighbours, so that a tile's scales are one load.
+    ``words_BOS``: int32 (blocks of 128 columns, O, 16). Nibble j of word s of block b holds input
+    column 128 b + 16 j + s: shifting a tile of words by 4 j gives 16 neighbouring columns, a whole
+    step of a tensor core's product, without moving anything between threads. A tile of a block's
+    channels is one contiguous piece of memory. Columns are padded to 128 with code 0.
+    ``scale_GO``: (G, O), 16 bits or float32, neighbours are channels; ``zero_GO``: int32 or None,
+    ``middle`` is subtracted where it is None.
     """
 
-    words_OW: Tensor
+    words_BOS: Tensor
     scale_GO: Tensor
     zero_GO: Tensor | None
-    table: Tensor
+    middle: int
     bias_O: Tensor | None
     order_I: Tensor | None
     shape: tuple[int, int]
     group_size: int
-    factor: float
-    integer: bool
-
-
-INTERLEAVED = (
-    0,
-    2,
-    4,
-    6,
-    1,
-    3,
-    5,
-    7,
-)  # which of eight neighbouring columns sits in nibble 0, 1, ..
 
 
 def why_not_packed(q: QuantizedLinear) -> str:
@@ -139,37 +127,52 @@ def unpack_cpu_rows(w: CpuWeight, first: int, last: int) -> Tensor:
     return value.reshape(tiles * LANES, steps * STEP)
 
 
+def why_not_on_gpu(q: QuantizedLinear) -> str:
+    """Why the Triton kernel cannot hold this layer; "" if it can."""
+    if reason := why_not_packed(q):
+        return reason
+    if not isinstance(q.spec.grid, IntGrid):
+        return "its grid is not integers"
+    size = _group_size(q)
+    if size not in (32, 64) and size % BLOCK and size != q.shape[1]:
+        return f"its group size {size} is not 32, 64, a multiple of {BLOCK} or the whole row"
+    return ""
+
+
 def pack_for_gpu(q: QuantizedLinear) -> GpuWeight:
-    """The Triton kernel's storage; `why_not_packed` must be empty."""
+    """The Triton kernel's storage; `why_not_on_gpu` must be empty."""
     codes_OI, order_I = _ordered(q)
     rows, cols = q.shape
-    chunk = codes_OI.reshape(rows, cols // 8, 8)[:, :, list(INTERLEAVED)].to(torch.int32)
-    words = sum((chunk[..., i] << (4 * i) for i in range(8)), torch.zeros((), dtype=torch.int32))
-    zero = None if q.zero_point_RG is None else q.zero_point_RG.T.contiguous()
+    blocks = -(-cols // BLOCK)
+    full = pad(codes_OI, (0, blocks * BLOCK - cols)).to(torch.int32)
+    nibbles = full.reshape(rows, blocks, 8, 16)  # O B J S
+    zero = torch.zeros((), dtype=torch.int32)
+    words = sum((nibbles[:, :, j] << (4 * j) for j in range(8)), zero)
+    grid = q.spec.grid
+    assert isinstance(grid, IntGrid)
     return GpuWeight(
-        words_OW=words.contiguous(),
+        words_BOS=words.permute(1, 0, 2).contiguous(),
         scale_GO=_stored_scale(q, (torch.bfloat16, torch.float16, torch.float32)).T.contiguous(),
-        zero_GO=zero,
-        table=_table(q),
+        zero_GO=None if q.zero_point_RG is None else q.zero_point_RG.T.to(torch.int32).contiguous(),
+        middle=-grid.lowest,
         bias_O=q.bias_O,
         order_I=order_I,
         shape=q.shape,
         group_size=_group_size(q),
-        factor=1.0 if q.global_scale is None else float(q.global_scale),
-        integer=isinstance(q.spec.grid, IntGrid),
     )
 
 
 def unpack_gpu(w: GpuWeight) -> Tensor:
-    """The weight of a GpuWeight: float32 (O, I), columns as stored; the factor is left out."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=w.words_OW.device)
-    nibbles = (w.words_OW.unsqueeze(-1) >> shifts) & 15
-    inverse = [INTERLEAVED.index(i) for i in range(8)]
-    codes = nibbles[..., inverse].reshape(w.shape[0], -1, w.group_size)
-    value = w.table.float()[codes]
-    if w.zero_GO is not None:
-        value -= w.zero_GO.T.unsqueeze(-1).float()
-    return (value * w.scale_GO.T.unsqueeze(-1).float()).reshape(w.shape)
+    """The weight of a GpuWeight: float32 (O, I), columns as stored."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=w.words_BOS.device)[:, None]
+    codes = (w.words_BOS.permute(1, 0, 2).unsqueeze(2) >> shifts) & 15  # O B J S
+    codes = codes.reshape(w.shape[0], -1)[:, : w.shape[1]]
+    zero = w.middle if w.zero_GO is None else _spread(w.zero_GO, w)
+    return (codes - zero) * _spread(w.scale_GO.float(), w)
+
+
+def _spread(value_GO: Tensor, w: GpuWeight) -> Tensor:
+    return value_GO.T.repeat_interleave(w.group_size, dim=1)
 
 
 def split_terms(x: Tensor) -> Tensor:
