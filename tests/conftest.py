@@ -1,5 +1,10 @@
 """Settings for every test: reproducible examples and random numbers."""
 
+import os
+
+# Triton reads it when it is first imported, and any test's imports may be the first to do so.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

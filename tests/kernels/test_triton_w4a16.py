@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 triton_w4a16 = pytest.importorskip(
     "bitwright.kernels.triton_w4a16", reason="NOT TESTED: Triton is not installed"
 )
