@@ -12,8 +12,9 @@ import bitwright
 ROOT = Path(bitwright.__file__).parent
 RANKS = {
     "numerics": 0, "schemes": 1, "methods": 2, "pipeline": 3, "formats": 4, "kernels": 5,
-    "runtime": 6, "training": 6, "evaluation": 7, "planning": 7, "cluster": 7,
-    "request": 8, "api": 8, "api_convert": 8, "api_allocate": 8, "cli": 8, "commands": 8,
+    "runtime": 6, "training": 7, "evaluation": 7, "planning": 7, "cluster": 7,
+    "request": 8, "api": 8, "api_convert": 8, "api_allocate": 8, "api_train": 8, "cli": 8,
+    "commands": 8,
 }  # fmt: skip
 LONGEST = 400
 SHORTER = {"methods/gptq.py": 200}

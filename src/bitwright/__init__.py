@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "compare", "convert", "evaluate", "generate", "inspect", "load", "plan", "prepare", "quantize",
-    "report", "rotate", "verify",
+    "report", "rotate", "train", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from bitwright.api import evaluate, generate, inspect, load, prepare, quantize
     from bitwright.api_convert import convert
+    from bitwright.api_train import train
     from bitwright.commands.compare import compare_schemes as compare
     from bitwright.commands.report import make_report as report
     from bitwright.commands.rotate import rotate_model as rotate
@@ -30,6 +31,7 @@ _ELSEWHERE = {
     "compare": ("bitwright.commands.compare", "compare_schemes"),
     "convert": ("bitwright.api_convert", "convert"),
     "rotate": ("bitwright.commands.rotate", "rotate_model"),
+    "train": ("bitwright.api_train", "train"),
     "verify": ("bitwright.evaluation.verify", "verify"),
 }
 

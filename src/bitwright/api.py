@@ -1,5 +1,6 @@
 """The verbs: quantize, evaluate, generate, inspect, load. The command line calls these."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from bitwright.errors import BadRequest
 from bitwright.evaluation.perplexity import Evaluation, evaluate_model
 from bitwright.pipeline.checkpoint import Checkpoint
+from bitwright.pipeline.gguf_import import cache_folder
 from bitwright.pipeline.memory import return_freed_memory
 from bitwright.pipeline.report import Report
 from bitwright.pipeline.run import Progress, quantize_checkpoint
@@ -18,9 +20,9 @@ from bitwright.pipeline.texts import (
     evaluation_windows,
     first_tokens,
     read_text,
-    self_written,
     tokenize,
 )
+from bitwright.pipeline.written import self_written
 from bitwright.request import EFFORTS, Prediction, Prepared, prepare
 from bitwright.runtime.gguf_export import export_folder
 from bitwright.runtime.kv_load import cache_factory
@@ -92,14 +94,30 @@ def execute(
 
 
 def calibration_tokens(
-    source: Checkpoint, calibration: Calibration, seed: int
+    source: Checkpoint,
+    calibration: Calibration,
+    seed: int,
+    *,
+    progress: Progress = lambda done, total, note: None,
 ) -> tuple[torch.Tensor, str]:
-    """Token windows (N, T) of a calibration source, and a note for the user (or "")."""
+    """Token windows (N, T) of a calibration source, and a note for the user (or "").
+
+    What the model writes itself is kept in the user's cache folder and written once.
+    """
+    length = calibration.sequence_length
     if calibration.source == "self":
-        model = load_model(source)
-        return self_written(model, calibration.samples, calibration.sequence_length, seed), ""
+        facts = [source.folder.resolve(), source.nbytes, source.config, length, seed]
+        key = hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()[:16]
+        return self_written(
+            lambda: load_model(source),
+            calibration.samples,
+            length,
+            seed,
+            file=cache_folder() / "written" / f"{source.folder.name}-{key}.jsonl",
+            progress=progress,
+        ), ""
     ids = tokenize(load_tokenizer(source), read_text(calibration.source))
-    return calibration_windows(ids, calibration.samples, calibration.sequence_length, seed)
+    return calibration_windows(ids, calibration.samples, length, seed)
 
 
 def evaluate(

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bitwright.commands import compare, plan, quantize, report, rotate, verify
+from bitwright.commands import compare, plan, quantize, report, rotate, train, verify
 from bitwright.commands.screen import Json, Model, Quiet, screen
 from bitwright.commands.screen import progress as _progress
 from bitwright.errors import BitwrightError
@@ -160,6 +160,7 @@ app.command()(plan.plan)
 app.command()(report.report)
 app.command()(rotate.rotate)
 app.command()(compare.compare)
+app.command()(train.train)
 
 
 def main() -> None:

@@ -15,19 +15,25 @@ import torch
 from bitwright.errors import BadCheckpoint
 
 
+def cache_folder() -> Path:
+    """Where bitwright keeps what it made once: ``$BITWRIGHT_CACHE`` or ``~/.cache/bitwright``."""
+    return Path(os.environ.get("BITWRIGHT_CACHE", Path.home() / ".cache" / "bitwright"))
+
+
 def gguf_folder(file: Path) -> Path:
     """The Hugging Face folder made from ``file``; made on first use.
 
-    The cache is ``$BITWRIGHT_CACHE`` or ``~/.cache/bitwright``, keyed by path, size and time.
-    Raises BadCheckpoint if the file is not a GGUF model that transformers can read.
+    Keyed by path, size and time. Raises BadCheckpoint if the file is not a GGUF model that
+    transformers can read.
     """
     with file.open("rb") as handle:
         if handle.read(4) != b"GGUF":
             raise BadCheckpoint(f"{file} is not a GGUF file")
     status = file.stat()
     key = f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}"
-    cache = Path(os.environ.get("BITWRIGHT_CACHE", Path.home() / ".cache" / "bitwright"))
-    folder = cache / "gguf" / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    folder = (
+        cache_folder() / "gguf" / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    )
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,7 @@ class Report:
     plan: Plan
     layers: list[LayerReport] = field(default_factory=list)
     refinement: dict[str, float] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
     seconds: float = 0.0
@@ -62,6 +63,7 @@ class Report:
             },
             "notes": list(self.plan.notes),
             "refinement": self.refinement,
+            **({"training": self.training} if self.training else {}),
             "layers": [row_json(row) for row in self.layers],
         }
 

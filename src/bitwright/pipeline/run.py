@@ -112,7 +112,7 @@ def quantize_checkpoint(
         for name in sorted(set(source.tensors) - _inside(topology)):
             writer.write_shard(source.read([name]))
         report.add_ignored()
-        _finish(source, writer, plan, fmt, report)
+        finish_checkpoint(source, writer, plan, fmt, report)
     except (BadRequest, BadCheckpoint):  # the same would happen again
         writer.discard()
         raise
@@ -344,13 +344,10 @@ def predicted_bytes(source: Checkpoint, topology: Topology, plan: Plan) -> int:
     return total
 
 
-def _finish(
-    source: Checkpoint,
-    writer: CheckpointWriter,
-    plan: Plan,
-    fmt: Format,
-    report: Report,
+def finish_checkpoint(
+    source: Checkpoint, writer: CheckpointWriter, plan: Plan, fmt: Format, report: Report
 ) -> None:
+    """Write config.json, the report and what is copied as it is, and put the folder in place."""
     schemes = {name: layer.scheme for name, layer in plan.quantized.items() if layer.scheme}
     ignored = [layer.name for layer in plan.layers if layer.scheme is None]
     config = dict(source.config)

@@ -134,32 +134,3 @@ def evaluation_windows(tokens_T: Tensor, windows: int, length: int) -> Tensor:
             f"{length}: use a longer text or a smaller --sequence-length"
         )
     return tokens_T[: available * length].view(available, length)
-
-
-def self_written(model: Any, samples: int, length: int, seed: int) -> Tensor:
-    """Text the model writes itself, (samples, length): a random first token, then sampling.
-
-    Liu et al. 2023 (LLM-QAT), section 3.1: the first few tokens after the random one are
-    taken greedily, the rest sampled from the full distribution.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
-    rows = []
-    greedy = 3
-    for start in range(0, samples, 32):
-        count = min(32, samples - start)
-        tokens = torch.randint(vocabulary, (count, 1), generator=generator)
-        cache = None
-        step = tokens
-        with torch.no_grad():
-            for position in range(1, length):
-                out = model(input_ids=step, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                logits = out.logits[:, -1].float()
-                if position <= greedy:
-                    step = logits.argmax(-1, keepdim=True)
-                else:
-                    step = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-                tokens = torch.cat([tokens, step], 1)
-        rows.append(tokens)
-    return torch.cat(rows)

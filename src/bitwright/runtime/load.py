@@ -1,6 +1,7 @@
 """A checkpoint, quantized or not, as a transformers model ready to run."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from bitwright.kernels.dispatch import why_not
 from bitwright.pipeline.checkpoint import Checkpoint, TensorInfo
 from bitwright.pipeline.topology import build_empty, compute_dtype, match_names, materialize
 from bitwright.runtime.linear import PackedLinear
-from bitwright.schemes.inputs import round_input
+from bitwright.schemes.inputs import straight_through_input
 from bitwright.schemes.protocols import Format
 from bitwright.schemes.quantized import QuantizedLinear, dequantize
 
 OLDER_NAMES = {"auto_gptq": "gptq", "auto_awq": "awq"}
 COMPANIONS = ("quantize_config.json", "quant_config.json")
 MODELOPT = "hf_quant_config.json"
+# Called with (parameter name, layer name in the checkpoint, the layer).
+Observe = Callable[[str, str, QuantizedLinear], None]
 # What arithmetic on tensors and values of a wrong kind raises, where a format did not look first.
 DAMAGE = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError)
 
@@ -100,13 +103,14 @@ def load_model(
     dtype: torch.dtype | None = None,
     packed: bool = False,
     trust_remote_code: bool = False,
+    observe: Observe = lambda parameter, name, q: None,
 ) -> Any:
     """The model with its weights dequantized to ``dtype`` (default: as computed), on the CPU.
 
     Inputs of Linears with low-bit activations are rounded as their scheme says. What it computes
     is the specification that every runtime is compared with. With ``packed``, Linears that a
     kernel of this machine takes keep their codes instead: less memory, faster, the same up to
-    rounding of sums.
+    rounding of sums. ``observe`` sees every quantized layer with its parameter's name.
     """
     fmt = format_of(checkpoint)
     quantized: set[str] = set()
@@ -123,6 +127,7 @@ def load_model(
             if packed and not why_not(q):
                 _put_packed(model, parameter.removesuffix(".weight"), q)
                 continue
+            observe(parameter, name, q)
             value: Tensor = dequantize(q, dtype)
             if value.shape != model.get_parameter(parameter).shape:
                 raise BadTensor(
@@ -151,10 +156,12 @@ def _put_packed(model: nn.Module, name: str, q: QuantizedLinear) -> None:
 
 
 def round_inputs(linear: nn.Module, q: QuantizedLinear) -> None:
-    """Let ``linear`` round its input from now on as the layer ``q`` says."""
+    """Let ``linear`` round its input from now on as the layer ``q`` says; gradients pass."""
     spec, scale = q.input_spec, q.input_scale
     assert spec is not None
-    linear.register_forward_pre_hook(lambda _, args: (round_input(args[0], spec, scale),))
+    linear.register_forward_pre_hook(
+        lambda _, args: (straight_through_input(args[0], spec, scale),)
+    )
 
 
 def dense_view(checkpoint: Checkpoint, fmt: Format, quantized: set[str]) -> Checkpoint:

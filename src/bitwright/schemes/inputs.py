@@ -7,6 +7,7 @@ from bitwright.numerics.grids import E2M1, E8M0, FloatGrid, Grid, IntGrid
 from bitwright.numerics.groups import expand, sides, split
 from bitwright.numerics.rounding import nearest
 from bitwright.numerics.scales import store_scale
+from bitwright.numerics.straight_through import pass_through
 from bitwright.schemes.scheme import Spec
 
 _HARDWARE = {(4, 3): torch.float8_e4m3fn, (5, 2): torch.float8_e5m2}
@@ -45,6 +46,16 @@ def round_input(x: Tensor, spec: Spec, input_scale: Tensor | None = None) -> Ten
     if overall is not None:
         out *= overall
     return out.view(x.shape).to(x.dtype)
+
+
+def straight_through_input(x: Tensor, spec: Spec, input_scale: Tensor | None = None) -> Tensor:
+    """`round_input` with a gradient: one everywhere, zero where a static range clamps."""
+    value = round_input(x.detach(), spec, input_scale)
+    inside = None
+    if spec.mode == "static" and x.requires_grad:
+        assert input_scale is not None
+        inside = x.detach().abs() <= input_scale.to(x.device) * spec.grid.largest
+    return pass_through(x, value, inside)
 
 
 def covered(spec: Spec) -> float:
