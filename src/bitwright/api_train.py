@@ -281,6 +281,8 @@ def _teacher(
             return logits
 
         return live
+    config: Any = setting.prepared.topology.model.config
+    top = min(top, config.get_text_config().vocab_size)
     kept = KeptTargets(setting.folder / "teacher.bin", *tokens_NT.shape, k=top)
     missing = [i for i in range(len(tokens_NT)) if i not in kept]
     if missing:

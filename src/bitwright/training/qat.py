@@ -219,10 +219,11 @@ def _learn(student: Student, share: Sequence[tuple[Tensor, Targets]], step: int)
     model.zero_grad(set_to_none=True)
     for tokens_T, target in share:
         loss = divergence(student.forward(tokens_T[None]), target)
-        if not bool(torch.isfinite(loss)):
-            raise Diverged(f"step {step}: the loss is {float(loss)}; {_first_bad(student)}")
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise Diverged(f"step {step}: the loss is {value}; {_first_bad(student)}")
         torch.autograd.backward(loss / len(share))
-        total += float(loss.detach())
+        total += value
     for name, latent in student.latents.items():
         grad = model.get_parameter(name).grad
         assert grad is not None, f"{name} took no part in the loss"

@@ -1,0 +1,151 @@
+"""Gradients behind parameters, against finite differences of what they are estimates of."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bitwright.errors import BadRequest
+from bitwright.methods.rtn import rtn
+from bitwright.numerics.groups import expand
+from bitwright.numerics.rounding import decode
+from bitwright.schemes.inputs import straight_through_input
+from bitwright.schemes.quantized import QuantizedLinear, dequantize
+from bitwright.schemes.scheme import Spec, parse_scheme
+from bitwright.training.cache import straight_through_states
+from bitwright.training.latent import FixedCodes, MinMax, Plain, Steps
+
+SCHEMES = ("W2A16", "W4A16", "W8A16", "W8A8-FP8", "NVFP4A16", "MXFP4", "MXFP8")
+EPSILON = 1e-3
+
+
+def weight_of(seed: int, rows: int = 6, cols: int = 64) -> Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+
+
+def spec_of(bits: int, *, asymmetric: bool = False) -> Spec:
+    """Groups of 32 with scales in float32, so that storage does not hide differences."""
+    scheme = parse_scheme(f"W{bits}A16").with_weight(group_size=32, asymmetric=asymmetric)
+    return scheme.with_scales(torch.float32).weight
+
+
+def slope(function, at: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    """Central differences of a scalar function, one entry at a time."""
+    out = torch.empty_like(at)
+    for index in range(at.numel()):
+        step = torch.zeros_like(at)
+        step.view(-1)[index] = EPSILON
+        out.view(-1)[index] = (function(at + step) - function(at - step)) / (2 * EPSILON)
+    return out
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_values_are_the_dequantized_layer(scheme: str) -> None:
+    spec = parse_scheme(scheme).weight
+    weight = weight_of(0, cols=128)
+    q = rtn(weight, None, spec)
+    for latent in (MinMax(weight, q), FixedCodes(q)):
+        assert torch.equal(latent.value(), dequantize(latent.result()))
+    assert torch.equal(FixedCodes(q).result().codes_OI, q.codes_OI)
+    assert torch.allclose(FixedCodes(q).result().scale_RG.float(), q.scale_RG.float(), rtol=1e-2)
+
+
+@given(seed=st.integers(0, 1000), bits=st.integers(2, 8), asymmetric=st.booleans())
+def test_steps_read_back_as_stored(seed: int, bits: int, asymmetric: bool) -> None:
+    scheme = parse_scheme(f"W{bits}A16").with_weight(group_size=32, asymmetric=asymmetric)
+    weight = weight_of(seed)
+    latent = Steps(weight, rtn(weight, None, scheme.weight))
+    assert torch.equal(latent.value(), dequantize(latent.result()))
+
+
+@given(seed=st.integers(0, 1000), bits=st.integers(2, 8), asymmetric=st.booleans())
+def test_fixed_codes_have_exact_gradients(seed: int, bits: int, asymmetric: bool) -> None:
+    weight, towards = weight_of(seed), weight_of(seed + 1)
+    latent = FixedCodes(rtn(weight, None, spec_of(bits, asymmetric=asymmetric)))
+    latent.take(towards)
+
+    def loss(name: str, value: Tensor) -> Tensor:
+        q = latent.original
+        scale = latent.sign_RG * (value if name == "scale" else latent.leaves["scale"]).exp()
+        level = decode(q.codes_OI, q.spec.grid)
+        if q.zero_point_RG is not None:
+            zero = value if name == "zero" else latent.leaves["zero"]
+            level = level - expand(zero, q.shape, q.spec.group)
+        return (level * expand(scale, q.shape, q.spec.group) * towards).double().sum()
+
+    for name, leaf in latent.leaves.items():
+        found = slope(lambda value, name=name: loss(name, value), leaf)
+        assert leaf.grad is not None
+        assert torch.allclose(leaf.grad, found, atol=2e-2, rtol=1e-2)
+
+
+@given(seed=st.integers(0, 1000), bits=st.integers(2, 8), asymmetric=st.booleans())
+def test_steps_follow_the_estimator(seed: int, bits: int, asymmetric: bool) -> None:
+    """Rounding counts as adding a constant: with it held, the differences are ordinary ones."""
+    weight, towards = weight_of(seed), weight_of(seed + 1)
+    narrow = rtn(weight * 0.6, None, spec_of(bits, asymmetric=asymmetric))  # some values clamp
+    latent = Steps(weight, narrow)
+    q, grid, group = latent.result(), latent.grid, narrow.spec.group
+    scale = latent.sign_RG * latent.leaves["scale"].exp()
+    zero = torch.zeros_like(scale) if q.zero_point_RG is None else q.zero_point_RG.float()
+    exact = weight / expand(scale, q.shape, group)
+    zero_OI = expand(zero, q.shape, group)
+    clamped = ((exact.round() + zero_OI) < grid.lowest) | ((exact.round() + zero_OI) > grid.highest)
+    offset = exact.round() - exact
+    level = decode(q.codes_OI, grid) - zero_OI
+    latent.take(towards.clone())
+
+    def loss(w: Tensor, log_scale: Tensor) -> Tensor:
+        s = expand(latent.sign_RG * log_scale.exp(), q.shape, group)
+        return (torch.where(clamped, level * s, w + offset * s) * towards).double().sum()
+
+    by_weight = slope(lambda w: loss(w, latent.leaves["scale"]), weight)
+    by_scale = slope(lambda s: loss(weight, s), latent.leaves["scale"])
+    weight_grad, scale_grad = latent.leaves["weight"].grad, latent.leaves["scale"].grad
+    assert weight_grad is not None
+    assert scale_grad is not None
+    assert torch.allclose(weight_grad, by_weight, atol=2e-2, rtol=1e-2)
+    assert torch.allclose(scale_grad, by_scale, atol=2e-2, rtol=1e-2)
+    assert bool((weight_grad[clamped] == 0).all())
+
+
+def test_plain_parameters_are_stored_numbers() -> None:
+    latent = Plain(weight_of(3), torch.bfloat16)
+    latent.take(torch.ones(6, 64))
+    assert latent.value().dtype == torch.bfloat16
+    assert torch.equal(latent.leaves["plain"].grad, torch.ones(6, 64))  # type: ignore[arg-type]
+
+
+def test_layouts_without_plain_scales_are_refused() -> None:
+    weight = weight_of(0, cols=128)
+    nvfp4 = rtn(weight, None, parse_scheme("NVFP4A16").weight)
+    with pytest.raises(BadRequest, match="minmax"):
+        Steps(weight, nvfp4)
+    k_quant = QuantizedLinear(torch.zeros(2, 256, dtype=torch.uint8), torch.ones(2, 8),
+                              parse_scheme("Q4_K").weight)  # fmt: skip
+    with pytest.raises(BadRequest, match="cannot be learned"):
+        FixedCodes(k_quant)
+
+
+def test_inputs_pass_gradients_inside_their_range() -> None:
+    x = torch.tensor([[0.1, -3.0, 5.0, 0.7]], requires_grad=True)
+    dynamic = parse_scheme("W8A8-INT8").input
+    assert dynamic is not None
+    straight_through_input(x, dynamic).sum().backward()
+    assert torch.equal(x.grad, torch.ones(1, 4))  # type: ignore[arg-type]
+    static = parse_scheme("W8A8-INT8").with_activations("static").input
+    assert static is not None
+    x.grad = None
+    straight_through_input(x, static, torch.tensor([2.0 / 127])).sum().backward()
+    assert torch.equal(x.grad, torch.tensor([[1.0, 0, 0, 1]]))  # type: ignore[arg-type]
+
+
+def test_cached_states_pass_gradients() -> None:
+    x = torch.randn(1, 2, 5, 16, requires_grad=True)
+    spec = parse_scheme("W4A8KV4").kv_cache
+    assert spec is not None
+    out = straight_through_states(x, spec, None)
+    assert not torch.equal(out, x)
+    out.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))  # type: ignore[arg-type]

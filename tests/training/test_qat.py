@@ -1,0 +1,216 @@
+"""`bitwright train` from end to end on small real checkpoints."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.cli import run_apart
+from support.models import make_model
+
+from bitwright import load
+from bitwright.api import resolve
+from bitwright.api_train import train
+from bitwright.errors import BadRequest, UnknownName
+from bitwright.pipeline.texts import calibration_windows, read_text, tokenize
+from bitwright.runtime.kv_load import cache_factory
+from bitwright.runtime.load import format_of, read_layer
+from bitwright.runtime.source import load_tokenizer
+from bitwright.training.distill import divergence
+from bitwright.training.qat import Diverged, Recipe, split_samples
+
+SMALL: dict[str, Any] = {
+    "steps": 4, "samples": 12, "sequence_length": 32, "batch_tokens": 64, "check_every": 2,
+    "calibration_samples": 8,
+}  # fmt: skip
+
+
+def divergence_of(model: Path, original: Path, text: Path) -> float:
+    """What training calls held-out divergence, through the checkpoint as anyone would load it."""
+    network, tokenizer = load(model)
+    teacher, _ = load(original)
+    new_cache = cache_factory(resolve(model), network)
+    tokens, _ = calibration_windows(tokenize(tokenizer, read_text(str(text))), 12, 32, 0)
+    judges, _ = split_samples(12, Recipe(4, 2, {}))
+    total = 0.0
+    with torch.no_grad():
+        for sample in judges:
+            extra: dict[str, Any] = {"use_cache": False}
+            if new_cache is not None:
+                extra = {"past_key_values": new_cache(), "use_cache": True}
+            logits = network(input_ids=tokens[sample][None], **extra).logits[0]
+            target = teacher(input_ids=tokens[sample][None], use_cache=False).logits[0]
+            total += float(divergence(logits, target))
+    return total / len(judges)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("W4A16", {"init": "gptq", "group_size": 32}),
+        ("W4A16", {"init": "rtn", "learn": "all", "group_size": 32}),
+        ("W3A16", {"init": "awq+gptq", "learn": "all", "group_size": 32, "asymmetric": True}),
+        ("W4A8KV4", {"init": "gptq", "learn": "all", "group_size": 32}),
+        ("W4A8KV4", {"init": "rtn", "learn": "all", "group_size": 32}),
+        ("W4A8-KV8-FP8", {"init": "rtn", "group_size": 32}),
+        ("W8A8-INT8", {"init": "rtn", "learn": "all", "activations": "static"}),
+        ("W8A8-FP8", {"init": "rtn", "learn": "all"}),
+        ("NVFP4", {"init": "rtn", "learn": "all"}),
+        ("MXFP4", {"init": "rtn"}),
+        ("W4A4", {"init": "gptq", "learn": "all", "group_size": 32}),
+    ],
+)
+def test_what_was_trained_is_what_loads(
+    scheme: str, options: dict[str, Any], llama: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    report, outcome = train(llama, out, scheme=scheme, data=str(text), **SMALL, **options)
+    assert divergence_of(out, llama, text) == outcome.best  # bit for bit, through the file
+    assert outcome.best <= outcome.before
+    assert [line[0] for line in outcome.curve] == [2, 4]
+    assert report.training["best_step"] == outcome.best_step
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_scales_learn_while_codes_stay(llama: Path, text: Path, tmp_path: Path) -> None:
+    from bitwright import quantize
+
+    common: dict[str, Any] = {"scheme": "W3A16", "group_size": 32}
+    quantize(llama, tmp_path / "start", method="gptq", calibration=str(text), samples=8,
+             sequence_length=32, **common)  # fmt: skip
+    _, outcome = train(llama, tmp_path / "out", data=str(text), **{**SMALL, "steps": 20}, **common)
+    assert outcome.best < 0.95 * outcome.before
+    before, after = resolve(tmp_path / "start"), resolve(tmp_path / "out")
+    fmt = format_of(before)
+    assert fmt is not None
+    moved = 0
+    for name in fmt.quantized_names(set(before.tensors)):
+        first, last = read_layer(before, fmt, name), read_layer(after, fmt, name)
+        assert torch.equal(first.codes_OI, last.codes_OI)
+        moved += not torch.equal(first.scale_RG, last.scale_RG)
+    assert moved > 0
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "gguf"])
+def test_other_formats(format: str, text: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", hidden_size=128, intermediate_size=128)
+    out = tmp_path / "out"
+    size = {"gguf": "auto"}.get(format, 32)
+    extra = {"asymmetric": True} if format == "awq" else {}
+    _, outcome = train(model, out, init="rtn", data=str(text), format=format, group_size=size,
+                       **SMALL, **extra)  # fmt: skip
+    assert outcome.best <= outcome.before
+    if format != "gguf":  # transformers reads GGUF in another dtype
+        assert divergence_of(out, model, text) == outcome.best
+    else:
+        assert (out / "model.gguf").stat().st_size > 0
+
+
+def test_recomputed_activations_change_nothing(llama: Path, text: Path, tmp_path: Path) -> None:
+    curves = []
+    for name in ("kept", "recomputed"):
+        _, outcome = train(llama, tmp_path / name, scheme="W4A8KV4", learn="all", group_size=32,
+                           data=str(text), gradient_checkpointing=name == "recomputed",
+                           **SMALL)  # fmt: skip
+        curves.append(outcome.losses)
+    assert curves[0] == curves[1]
+
+
+def test_teacher_on_disk(llama: Path, text: Path, tmp_path: Path) -> None:
+    _, live = train(llama, tmp_path / "live", data=str(text), group_size=32, **SMALL)
+    _, kept = train(llama, tmp_path / "kept", data=str(text), group_size=32, teacher_top=1000,
+                    **SMALL)  # fmt: skip
+    assert kept.losses == pytest.approx(live.losses, rel=1e-3)
+
+
+def test_a_killed_run_goes_on_to_the_same_result(llama: Path, text: Path, tmp_path: Path) -> None:
+    words = ["train", llama, "--data", text, "--train", "all", "--group-size", "32", "--json"]
+    words += ["--samples", "12", "--sequence-length", "32", "--batch-tokens", "64"]
+    words += ["--calibration-samples", "8", "--check-every", "5", "--steps", "120"]
+    whole = run_apart(*words[:2], tmp_path / "whole", *words[2:])
+    assert whole.code == 0, whole.err
+    command = [sys.executable, "-m", "bitwright.cli", *map(str, words)]
+    command.insert(5, str(tmp_path / "out"))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    state = tmp_path / ".out.training" / "state.safetensors"
+    deadline, seen = time.monotonic() + 120, set[int]()
+    while len(seen) < 3 and time.monotonic() < deadline:  # the third: in the middle of training
+        time.sleep(0.005)
+        if state.exists():
+            seen.add(state.stat().st_ino)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    other = run_apart(*words[:2], tmp_path / "out", *words[2:], "--resume", "--lr", "1e-3")
+    assert other.code == 2
+    assert "begun with recipe" in other.err
+    assert len(other.err.strip().splitlines()) == 1
+    done = run_apart(*words[:2], tmp_path / "out", *words[2:], "--resume")
+    assert done.code == 0, done.err
+    first, second = json.loads(whole.out), json.loads(done.out)
+    assert first["training"]["curve"] == second["training"]["curve"]
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="gloo and torchrun")
+def test_two_processes_learn_what_one_does(llama: Path, text: Path, tmp_path: Path) -> None:
+    words = ["--data", str(text), "--group-size", "32", "--samples", "12", "--sequence-length",
+             "32", "--batch-tokens", "64", "--calibration-samples", "8", "--check-every", "3",
+             "--steps", "6", "--json"]  # fmt: skip
+    alone = run_apart("train", llama, tmp_path / "one", *words)
+    assert alone.code == 0, alone.err
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher += ["--master-port", "29731", "-m", "bitwright.cli", "train"]
+    done = subprocess.run(
+        [*launcher, str(llama), str(tmp_path / "two"), *words],
+        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = json.loads(alone.out), json.loads(done.stdout)
+    for one, two in zip(first["training"]["curve"], second["training"]["curve"], strict=True):
+        assert one == pytest.approx(two, rel=1e-3)
+    assert (tmp_path / "two" / "model.safetensors").exists() or (
+        tmp_path / "two" / "model.safetensors.index.json"
+    ).exists()
+
+
+def test_numbers_that_overflow_are_named(llama: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"step \d+: .*lower --lr"):
+        train(llama, tmp_path / "out", learn="all", lr=1e38, data=str(text), group_size=32,
+              **SMALL)  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_done_is_said_first(llama: Path, text: Path, tmp_path: Path) -> None:
+    def refused(error: type[Exception], match: str, **options: Any) -> None:
+        with pytest.raises(error, match=match):
+            train(llama, tmp_path / "out", data=str(text), **options)
+        assert list(tmp_path.iterdir()) == []
+
+    refused(UnknownName, "--train is one of", learn="everything")
+    refused(UnknownName, "unknown step sizes", step_sizes="large")
+    refused(BadRequest, "leaves no scale", step_sizes="minmax")
+    refused(UnknownName, "unknown scheme", scheme="W9A16")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadRequest, match="exists"):
+        train(llama, tmp_path / "out", data=str(text))
+    shutil.rmtree(tmp_path / "out")
+
+
+def test_biases_and_norms_learn(model_of: Any, text: Path, tmp_path: Path) -> None:
+    model = model_of("qwen2")
+    out = tmp_path / "out"
+    _, outcome = train(model, out, data=str(text), group_size=32, **SMALL)
+    assert divergence_of(out, model, text) == outcome.best
+    before, after = resolve(model), resolve(out)
+    name = next(n for n in before.tensors if n.endswith("q_proj.bias"))
+    assert not torch.equal(before.read([name])[name], after.read([name])[name])
+    assert load_tokenizer(after) is not None
