@@ -49,9 +49,9 @@ TRAIN = ("scales", "all")
 INITS = ("rtn", "gptq", "awq+gptq", "best")
 RATES = {
     "scales": {"scale": 2e-3, "zero": 2e-2, "plain": 2e-4},
-    "all": {"scale": 2e-4, "zero": 2e-3, "plain": 2e-5, "weight": 2e-5},
+    "all": {"scale": 2e-3, "zero": 2e-2, "plain": 2e-4, "weight": 1e-2},
 }
-MAIN = {"scales": "scale", "all": "weight"}  # what --lr means; the other rates keep their ratio
+MAIN = {"scales": "scale", "all": "weight"}  # what --lr means
 Say = Callable[[int, int, str], None]
 
 
@@ -101,14 +101,15 @@ def train(
 ) -> tuple[Report, Outcome]:
     """Quantize ``model`` by the method ``init``, train, and write ``output``.
 
-    ``learn``: "scales" (codes stay; scales, zero points, norms and biases learn) or "all".
+    ``learn``: "scales" (codes stay; scales, zero points, norms and biases learn) or "all" (the
+    quantized weights too; embeddings stay as they are).
     ``step_sizes`` of "all": "minmax" (scales cover the largest weights, chosen anew every step;
     the default after rtn) or "learned" (LSQ; the default after other inits). ``data``: "self",
     a text file, "pydoc" or a hub dataset; the start is calibrated on the first
     ``calibration_samples`` windows of ``calibration``, or else of the same. ``teacher``: another
     model of the same vocabulary, default the original; with ``teacher_top`` > 0 so many of its
-    probabilities per token are kept on disk and it leaves memory. ``lr``: of scales, or of
-    weights with "all". Further keywords are those of `prepare` (format, group_size, ...).
+    probabilities per token are kept on disk and it leaves memory. ``lr``: of scales (of their
+    logarithms), or with "all" of weights (in codes). Further keywords are those of `prepare`.
 
     Under torchrun every process trains on its share of each step, the first one writes.
     Raises BadRequest, BadCheckpoint, NoSpace, training.qat.Diverged.
@@ -141,11 +142,12 @@ def train(
     if target.exists() and not overwrite:
         raise BadRequest(f"{target} exists: choose another output or add --overwrite")
     rates = RATES[learn]
-    factor = 1.0 if lr is None else lr / rates[MAIN[learn]]
+    if lr is not None:
+        rates = rates | {MAIN[learn]: lr}
     recipe = Recipe(
         steps=steps,
         sequences=per_step,
-        learning_rates={kind: rate * factor for kind, rate in rates.items()},
+        learning_rates=rates,
         check_every=check_every,
         seed=seed,
     )
@@ -240,8 +242,8 @@ def _student(
         else:
             latents[parameter] = FixedCodes(q)
     names = match_names(model, dense_view(first, fmt, {name for name, _ in layers.values()}))
-    for parameter, value in model.named_parameters():
-        if parameter not in latents and parameter in names and (everything or value.ndim == 1):
+    for parameter, value in model.named_parameters():  # embeddings stay: they are not quantized
+        if parameter not in latents and parameter in names and value.ndim == 1:
             latents[parameter] = Plain(value, first.tensors[names[parameter]].dtype)
     for parameter, value in model.named_parameters():
         value.requires_grad_(parameter in latents)

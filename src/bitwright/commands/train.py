@@ -32,7 +32,8 @@ def train(
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per step.")] = 1024,
     lr: Annotated[
-        float | None, typer.Option(min=0, help="Learning rate; default 2e-3 (scales), 2e-5 (all).")
+        float | None,
+        typer.Option(min=0, help="Of log scales (2e-3) or of weights (1e-2 codes)."),
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Learn from this model instead.")] = None,
     teacher_top: Annotated[

@@ -17,8 +17,10 @@ is w~ = level * scale, level = round(w / scale) clamped to the grid, and
     d w~ / d w      = 1 inside the grid, 0 where it clamps
     d w~ / d scale  = level - w / scale inside, level where it clamps
 
-the latter as in LSQ (Esser et al. 2020, arXiv:1902.08153, equation 3). Scales are learned as
-logarithms, so that one learning rate fits all of them and none changes its sign.
+the latter as in LSQ (Esser et al. 2020, arXiv:1902.08153, equation 3). One learning rate has to fit
+all leaves of a kind, whatever the size of a model's weights: scales are learned as logarithms, and
+weights in units of the scale they start with, so a learning rate of 0.01 moves a weight by a
+hundredth of a code per step.
 """
 
 from collections.abc import Mapping
@@ -84,21 +86,28 @@ class MinMax:
     """
 
     def __init__(self, weight_OI: Tensor, q: QuantizedLinear) -> None:
-        self.leaves = {"weight": weight_OI.detach().float().clone()}
         self.original = q
+        self.unit_RG = _unit(q)
+        self.leaves = {"weight": weight_OI.detach().float() / self._unit_per_weight()}
+
+    def _unit_per_weight(self) -> Tensor:
+        return expand(self.unit_RG, self.original.shape, self.original.spec.group)
+
+    def _float_weight(self) -> Tensor:
+        return self.leaves["weight"] * self._unit_per_weight()
 
     def result(self) -> QuantizedLinear:
         """The layer as it would be stored now."""
-        q = rtn(self.leaves["weight"], None, self.original.spec, search="absmax")
+        q = rtn(self._float_weight(), None, self.original.spec, search="absmax")
         return _carried(q, self.original)
 
     def value(self) -> Tensor:
         """The dequantized weight, float32."""
-        return rounded(self.leaves["weight"], self.original.spec, search="absmax")
+        return rounded(self._float_weight(), self.original.spec, search="absmax")
 
     def take(self, grad: Tensor) -> None:
         """One inside the range, and everything is inside."""
-        self.leaves["weight"].grad = grad.float()
+        self.leaves["weight"].grad = grad * self._unit_per_weight()
 
 
 class FixedCodes:
@@ -153,22 +162,30 @@ class Steps:
         self.original, self.grid = q, q.spec.grid
         scale_RG = q.scale_RG.float()
         self.sign_RG = torch.where(scale_RG < 0, -1.0, 1.0)
+        self.unit_RG = _unit(q)
         self.leaves = {
-            "weight": weight_OI.detach().float().clone(), "scale": scale_RG.abs().log()
-        }  # fmt: skip
+            "weight": weight_OI.detach().float() / self._unit_per_weight(),
+            "scale": scale_RG.abs().log(),
+        }
         if q.zero_point_RG is not None:
             self.leaves["zero"] = q.zero_point_RG.float()
+
+    def _unit_per_weight(self) -> Tensor:
+        return expand(self.unit_RG, self.original.shape, self.original.spec.group)
+
+    def _float_weight(self) -> Tensor:
+        return self.leaves["weight"] * self._unit_per_weight()
 
     def result(self) -> QuantizedLinear:
         """The layer as it would be stored now."""
         q = self.original
-        return _carried(quantize_to(self.leaves["weight"], q.spec, _scale(self), _zero(self)), q)
+        return _carried(quantize_to(self._float_weight(), q.spec, _scale(self), _zero(self)), q)
 
     def value(self) -> Tensor:
         """The dequantized weight, float32."""
         scale_N1, zero_RG = _scale(self).reshape(-1, 1), _zero(self)
         zero_N1 = None if zero_RG is None else zero_RG.reshape(-1, 1)
-        groups_NC = grouped(self.leaves["weight"], self.original.spec)
+        groups_NC = grouped(self._float_weight(), self.original.spec)
         values_NC = project(groups_NC, scale_N1, zero_N1, self.grid)
         return join(values_NC, self.original.shape, self.original.spec.group)
 
@@ -177,21 +194,27 @@ class Steps:
         spec, shape = self.original.spec, self.original.shape
         scale_RG, zero_RG = _scale(self), _zero(self)
         zero_N1 = torch.zeros_like(scale_RG) if zero_RG is None else zero_RG
-        grad_NC = grouped(grad.float(), spec).contiguous()
+        grad_NC = grouped(grad.float(), spec).clone()  # changed in place
         by_scale_N, by_zero_N = step_gradients(
-            grouped(self.leaves["weight"], spec).contiguous().numpy(),
+            grouped(self._float_weight(), spec).contiguous().numpy(),
             grad_NC.numpy(),
             scale_RG.reshape(-1, 1).numpy(),
             zero_N1.reshape(-1, 1).numpy(),
             float(self.grid.lowest),
             float(self.grid.highest),
         )
-        self.leaves["weight"].grad = join(grad_NC, shape, spec.group)
+        self.leaves["weight"].grad = join(grad_NC, shape, spec.group) * self._unit_per_weight()
         # d loss / d log|scale| = scale * d loss / d scale
         by_scale_RG = torch.from_numpy(by_scale_N).view_as(scale_RG)
         self.leaves["scale"].grad = by_scale_RG * scale_RG
         if zero_RG is not None:
             self.leaves["zero"].grad = torch.from_numpy(by_zero_N).view_as(zero_RG)
+
+
+def _unit(q: QuantizedLinear) -> Tensor:
+    """What a weight's first code step is worth, float32 (R, G)."""
+    scale_RG = q.scale_RG.float().abs()
+    return scale_RG if q.global_scale is None else scale_RG * q.global_scale
 
 
 def _require_plain(q: QuantizedLinear) -> None:

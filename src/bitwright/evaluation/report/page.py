@@ -141,6 +141,7 @@ def _view(candidate: Candidate, index: int) -> dict[str, Any]:
         "fallbacks": [row for row in rows if row.get("fallback")],
         "ignored": [row for row in rows if row.get("ignored")],
         "cost": _cost(candidate, index),
+        "training": _training(candidate, index),
     }
 
 
@@ -178,6 +179,17 @@ def _outliers(candidate: Candidate, index: int) -> dict[str, Any] | None:
         f"outliers-{index}", series, "channels, largest first", "largest input / median", log_y=True
     )
     return {**found, "chart": Markup(chart)}
+
+
+def _training(candidate: Candidate, index: int) -> Markup | None:
+    curve = candidate.report.get("training", {}).get("curve")
+    if not curve:
+        return None
+    series = [
+        ("training windows", [(float(step), loss) for step, loss, _ in curve]),
+        ("held-out windows", [(float(step), held) for step, _, held in curve]),
+    ]
+    return Markup(charts.lines(f"training-{index}", series, "step", "KL divergence, nats"))
 
 
 def _cost(candidate: Candidate, index: int) -> dict[str, Markup] | None:
