@@ -34,7 +34,7 @@ from bitwright.schemes.plan import Calibration
 from bitwright.schemes.quantized import QuantizedLinear
 from bitwright.training.cache import RoundingCache
 from bitwright.training.distill import KeptTargets, Targets
-from bitwright.training.latent import FixedCodes, Latent, MinMax, Plain, Steps
+from bitwright.training.latent import Latent, MinMax, Plain, Scaled
 from bitwright.training.qat import (
     Outcome,
     Recipe,
@@ -49,9 +49,9 @@ TRAIN = ("scales", "all")
 INITS = ("rtn", "gptq", "awq+gptq", "best")
 RATES = {
     "scales": {"scale": 2e-3, "zero": 2e-2, "plain": 2e-4},
-    "all": {"scale": 2e-3, "zero": 2e-2, "plain": 2e-4, "weight": 1e-2},
+    "all": {"scale": 2e-3, "zero": 2e-2, "plain": 2e-4, "code": 1e-2},
 }
-MAIN = {"scales": "scale", "all": "weight"}  # what --lr means
+MAIN = {"scales": "scale", "all": "code"}  # what --lr means
 Say = Callable[[int, int, str], None]
 
 
@@ -104,7 +104,7 @@ def train(
     ``learn``: "scales" (codes stay; scales, zero points, norms and biases learn) or "all" (the
     quantized weights too; embeddings stay as they are).
     ``step_sizes`` of "all": "minmax" (scales cover the largest weights, chosen anew every step;
-    the default after rtn) or "learned" (LSQ; the default after other inits). ``data``: "self",
+    the default after rtn) or "learned" (the default after other inits). ``data``: "self",
     a text file, "pydoc" or a hub dataset; the start is calibrated on the first
     ``calibration_samples`` windows of ``calibration``, or else of the same. ``teacher``: another
     model of the same vocabulary, default the original; with ``teacher_top`` > 0 so many of its
@@ -231,16 +231,13 @@ def _student(
     layers: dict[str, tuple[str, QuantizedLinear]] = {}
     model = load_model(first, observe=lambda p, name, q: layers.update({p: (name, q)}))
     fmt = setting.prepared.fmt
-    everything = setting.learned == "all"
     latents: dict[str, Latent] = {}
     for parameter, (name, q) in layers.items():
         if setting.minmax:
             key = f"{name}.weight"
             latents[parameter] = MinMax(setting.prepared.source.read([key])[key], q)
-        elif everything:
-            latents[parameter] = Steps(model.get_parameter(parameter), q)
         else:
-            latents[parameter] = FixedCodes(q)
+            latents[parameter] = Scaled(q, codes=setting.learned == "all")
     names = match_names(model, dense_view(first, fmt, {name for name, _ in layers.values()}))
     for parameter, value in model.named_parameters():  # embeddings stay: they are not quantized
         if parameter not in latents and parameter in names and value.ndim == 1:
@@ -325,7 +322,7 @@ def _write(
     dense = dense_view(first, prepared.fmt, set(owners.values()))
     names = match_names(student.model, dense) | {p: f"{n}.weight" for p, n in owners.items()}
     for parameter, latent in student.latents.items():
-        if isinstance(latent, (MinMax, Steps, FixedCodes)):
+        if isinstance(latent, (MinMax, Scaled)):
             codes[owners[parameter]] = latent.result()
         else:
             changed[names[parameter]] = latent.value()

@@ -14,7 +14,7 @@ from bitwright.schemes.inputs import straight_through_input
 from bitwright.schemes.quantized import QuantizedLinear, dequantize
 from bitwright.schemes.scheme import Spec, parse_scheme
 from bitwright.training.cache import straight_through_states
-from bitwright.training.latent import FixedCodes, MinMax, Plain, Steps
+from bitwright.training.latent import MinMax, Plain, Scaled
 
 SCHEMES = ("W2A16", "W4A16", "W8A16", "W8A8-FP8", "NVFP4A16", "MXFP4", "MXFP8")
 EPSILON = 1e-3
@@ -45,24 +45,18 @@ def test_values_are_the_dequantized_layer(scheme: str) -> None:
     spec = parse_scheme(scheme).weight
     weight = weight_of(0, cols=128)
     q = rtn(weight, None, spec)
-    for latent in (MinMax(weight, q), FixedCodes(q)):
+    for latent in (MinMax(weight, q), Scaled(q), Scaled(q, codes=True)):
         assert torch.equal(latent.value(), dequantize(latent.result()))
-    assert torch.equal(FixedCodes(q).result().codes_OI, q.codes_OI)
-    assert torch.allclose(FixedCodes(q).result().scale_RG.float(), q.scale_RG.float(), rtol=1e-2)
-
-
-@given(seed=st.integers(0, 1000), bits=st.integers(2, 8), asymmetric=st.booleans())
-def test_steps_read_back_as_stored(seed: int, bits: int, asymmetric: bool) -> None:
-    scheme = parse_scheme(f"W{bits}A16").with_weight(group_size=32, asymmetric=asymmetric)
-    weight = weight_of(seed)
-    latent = Steps(weight, rtn(weight, None, scheme.weight))
-    assert torch.equal(latent.value(), dequantize(latent.result()))
+    for codes in (False, True):
+        again = Scaled(q, codes=codes).result()
+        assert torch.equal(decode(again.codes_OI, spec.grid), decode(q.codes_OI, spec.grid))
+        assert torch.allclose(again.scale_RG.float(), q.scale_RG.float(), rtol=1e-2)
 
 
 @given(seed=st.integers(0, 1000), bits=st.integers(2, 8), asymmetric=st.booleans())
 def test_fixed_codes_have_exact_gradients(seed: int, bits: int, asymmetric: bool) -> None:
     weight, towards = weight_of(seed), weight_of(seed + 1)
-    latent = FixedCodes(rtn(weight, None, spec_of(bits, asymmetric=asymmetric)))
+    latent = Scaled(rtn(weight, None, spec_of(bits, asymmetric=asymmetric)))
     latent.take(towards)
 
     def loss(name: str, value: Tensor) -> Tensor:
@@ -81,34 +75,29 @@ def test_fixed_codes_have_exact_gradients(seed: int, bits: int, asymmetric: bool
 
 
 @given(seed=st.integers(0, 1000), bits=st.integers(2, 8), asymmetric=st.booleans())
-def test_steps_follow_the_estimator(seed: int, bits: int, asymmetric: bool) -> None:
+def test_positions_follow_the_estimator(seed: int, bits: int, asymmetric: bool) -> None:
     """Rounding counts as adding a constant: with it held, the differences are ordinary ones."""
-    weight, towards = weight_of(seed), weight_of(seed + 1)
-    narrow = rtn(weight * 0.6, None, spec_of(bits, asymmetric=asymmetric))  # some values clamp
-    latent = Steps(weight, narrow)
-    q, grid, group = latent.result(), latent.grid, narrow.spec.group
-    scale = latent.sign_RG * latent.leaves["scale"].exp()
-    zero = torch.zeros_like(scale) if q.zero_point_RG is None else q.zero_point_RG.float()
-    exact = weight / expand(scale, q.shape, group)
-    zero_OI = expand(zero, q.shape, group)
-    clamped = ((exact.round() + zero_OI) < grid.lowest) | ((exact.round() + zero_OI) > grid.highest)
-    offset = exact.round() - exact
-    level = decode(q.codes_OI, grid) - zero_OI
-    latent.take(towards.clone())
+    towards = weight_of(seed + 1)
+    start = rtn(weight_of(seed), None, spec_of(bits, asymmetric=asymmetric))
+    latent = Scaled(start, codes=True)
+    moved = latent.leaves["code"] + 1.3 * weight_of(seed + 2)  # some leave the grid
+    latent.leaves["code"].copy_(moved)
+    q = latent.result()
+    level = decode(q.codes_OI, q.spec.grid)
+    offset = level - moved
+    clamped = offset.abs() > 0.5
+    latent.take(towards)
+    scale_OI = expand(latent.sign_RG * latent.leaves["scale"].exp(), q.shape, q.spec.group)
 
-    def loss(w: Tensor, log_scale: Tensor) -> Tensor:
-        s = expand(latent.sign_RG * log_scale.exp(), q.shape, group)
-        return (torch.where(clamped, level * s, w + offset * s) * towards).double().sum()
+    def loss(position: Tensor) -> Tensor:
+        surrogate = torch.where(clamped, level, position + offset)
+        return (surrogate * scale_OI * towards).double().sum()
 
-    by_weight = slope(lambda w: loss(w, latent.leaves["scale"]), weight)
-    by_scale = slope(lambda s: loss(weight, s), latent.leaves["scale"])
-    leaf_grad, scale_grad = latent.leaves["weight"].grad, latent.leaves["scale"].grad
-    assert leaf_grad is not None
-    assert scale_grad is not None
-    weight_grad = leaf_grad / expand(latent.unit_RG, q.shape, group)
-    assert torch.allclose(weight_grad, by_weight, atol=2e-2, rtol=1e-2)
-    assert torch.allclose(scale_grad, by_scale, atol=2e-2, rtol=1e-2)
-    assert bool((weight_grad[clamped] == 0).all())
+    found, grad = slope(loss, moved), latent.leaves["code"].grad
+    assert grad is not None
+    assert torch.allclose(grad, found, atol=2e-2, rtol=1e-2)
+    assert bool((grad[clamped] == 0).all())
+    assert bool(clamped.any()) or bits > 4
 
 
 def test_plain_parameters_are_stored_numbers() -> None:
@@ -119,14 +108,10 @@ def test_plain_parameters_are_stored_numbers() -> None:
 
 
 def test_layouts_without_plain_scales_are_refused() -> None:
-    weight = weight_of(0, cols=128)
-    nvfp4 = rtn(weight, None, parse_scheme("NVFP4A16").weight)
-    with pytest.raises(BadRequest, match="minmax"):
-        Steps(weight, nvfp4)
     k_quant = QuantizedLinear(torch.zeros(2, 256, dtype=torch.uint8), torch.ones(2, 8),
                               parse_scheme("Q4_K").weight)  # fmt: skip
     with pytest.raises(BadRequest, match="cannot be learned"):
-        FixedCodes(k_quant)
+        Scaled(k_quant)
 
 
 def test_inputs_pass_gradients_inside_their_range() -> None:

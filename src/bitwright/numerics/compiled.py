@@ -139,32 +139,3 @@ def solve_float_columns(
             for j in range(i + 1, width):
                 w[j] -= error * u_BB[i, j]
     return level_OB, error_OB
-
-
-@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
-def step_gradients(
-    x_NC: Float, grad_NC: Float, scale_N1: Float, zero_N1: Float, lowest: float, highest: float
-) -> tuple[Float, Float]:
-    """(sum of grad * d value / d scale, -scale * sum of clamped grad), each (N,), of `round_trip`.
-
-    Straight-through: where a value clamps, ``grad`` is set to zero, in place.
-    """
-    by_scale_N = np.zeros(x_NC.shape[0], dtype=x_NC.dtype)
-    by_zero_N = np.zeros(x_NC.shape[0], dtype=x_NC.dtype)
-    for n in numba.prange(x_NC.shape[0]):
-        scale, zero = scale_N1[n, 0], zero_N1[n, 0]
-        by_scale = x_NC.dtype.type(0.0)
-        clamped = x_NC.dtype.type(0.0)
-        for c in range(x_NC.shape[1]):
-            exact = x_NC[n, c] / scale
-            q = np.rint(exact) + zero
-            grad = grad_NC[n, c]
-            if q < lowest or q > highest:
-                by_scale += grad * (min(max(q, lowest), highest) - zero)
-                clamped += grad
-                grad_NC[n, c] = 0
-            else:
-                by_scale += grad * (q - zero - exact)
-        by_scale_N[n] = by_scale
-        by_zero_N[n] = -clamped * scale
-    return by_scale_N, by_zero_N

@@ -198,7 +198,7 @@ def _optimizer(leaves: Mapping[str, Tensor], recipe: Recipe) -> torch.optim.Adam
             "params": members,
             "lr": recipe.learning_rates[kind],
             "peak": recipe.learning_rates[kind],
-            "weight_decay": recipe.weight_decay if kind == "weight" else 0.0,
+            "weight_decay": recipe.weight_decay if kind == "code" else 0.0,
         }
         for kind, members in kinds.items()
     ]
