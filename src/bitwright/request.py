@@ -12,7 +12,7 @@ from bitwright.errors import BadRequest, BadShape, UnknownName
 from bitwright.formats import get_format
 from bitwright.methods.compose import Method, parse_method
 from bitwright.methods.ranges import RANGES
-from bitwright.numerics.grids import IntGrid
+from bitwright.numerics.grids import FloatGrid, IntGrid
 from bitwright.numerics.groups import dividing_sizes
 from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.online import transform_config
@@ -74,7 +74,7 @@ def prepare(
     sequence_length: int = 2048,
     ignore: Sequence[str] = (),
     seed: int = 0,
-    search: str = "mse",
+    search: str = "auto",
     effort: str = "balanced",
     damp: float = 0.01,
     order: str = "activation",
@@ -84,6 +84,7 @@ def prepare(
 ) -> Prepared:
     """Check a request against the model's headers; nothing is computed yet.
 
+    ``search``: how scales are chosen, "mse", "absmax" or "auto", see `_search`.
     ``effort``: how long methods that tune may take, see EFFORTS. ``damp`` and ``order`` are
     GPTQ's; ``smoothing`` is SmoothQuant's strength, searched if None; ``true_inputs``: see
     methods.gptaq. ``activations`` (dynamic,
@@ -100,6 +101,9 @@ def prepare(
     if group_size == "auto" and fmt.group_size is not None and not parsed.weight.super_blocks:
         group_size = fmt.group_size
     chosen = parse_method(method)
+    if search == "auto":
+        calibrated = calibration is not None or chosen.needs_calibration
+        search = _search(parsed.weight, calibrated=calibrated)
     options: dict[str, Any] = {"search": _known("scale search", search, ("mse", "absmax"))}
     if chosen.solver != "rtn":
         options |= {"damp": damp, "order": _known("order", order, ("activation", "natural"))}
@@ -164,6 +168,15 @@ def prepare(
         notes=tuple(notes),
     )
     return Prepared(source, topology, plan, fmt, predict(source, topology, plan))
+
+
+def _search(weight: Spec, *, calibrated: bool) -> str:
+    """Least squared error, save for plain FP8 without statistics, where absmax measured better.
+
+    SmolLM2-135M, per channel: perplexity 21.72 against 22.01 (unquantized 21.37).
+    """
+    is_float8 = isinstance(weight.grid, FloatGrid) and weight.grid.bits == 8
+    return "absmax" if is_float8 and not calibrated else "mse"
 
 
 def _adjusted(

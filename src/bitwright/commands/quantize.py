@@ -60,7 +60,9 @@ def quantize(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Regex of layers to leave in 16 bits; repeatable.")
     ] = None,
-    search: Annotated[str, typer.Option(help="Scale search: mse or absmax.")] = "mse",
+    search: Annotated[
+        str, typer.Option(help="Scale search: mse, absmax; auto is mse but for data-free FP8.")
+    ] = "auto",
     effort: Annotated[
         str, typer.Option(help="Budget of methods that tune: fast, balanced or best.")
     ] = "balanced",
