@@ -1,5 +1,6 @@
 """Packed Linears: the dequantized model's logits, a quarter of its memory, torch.compile."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,23 @@ def test_packed_models_compute_the_same_in_less_memory(
     assert len(generate(tmp_path / "out", "A quick", max_new_tokens=4)) > 0
 
 
+@pytest.mark.parametrize("options", [{}, {"activations": "static"}, {"granularity": "tensor"}])
+def test_int8_models_multiply_integers(
+    options: dict[str, object], llama: Path, text: Path, tmp_path: Path
+) -> None:
+    quantize(llama, tmp_path / "out", scheme="W8A8-INT8", calibration=str(text), samples=8,
+             sequence_length=32, **options)  # fmt: skip
+    plain, _ = load(tmp_path / "out")
+    packed, _ = load(tmp_path / "out", packed=True)
+    assert sum(isinstance(m, PackedLinear) for m in packed.modules()) == 14
+    tokens = torch.arange(20, 60).view(2, 20)
+    with torch.no_grad():
+        wanted, found = (m.float()(input_ids=tokens).logits for m in (plain, packed))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-2)  # a near tie may round apart
+    assert float((found - wanted).abs().mean()) < 1e-3
+    assert weight_bytes(packed) < 0.6 * weight_bytes(plain.bfloat16())
+
+
 def test_other_widths_are_dequantized(llama: Path, tmp_path: Path) -> None:
     quantize(llama, tmp_path / "out", scheme="W8A16", group_size=32)
     packed, _ = load(tmp_path / "out", packed=True)
@@ -67,3 +85,8 @@ def test_the_operator_compiles_whole() -> None:
 def test_other_devices_have_no_kernel_yet() -> None:
     q = rtn(torch.randn(8, 128), None, parse_scheme("W4A16").weight)
     assert "no kernel for cuda" in why_not(q, "cuda")
+
+
+def test_inputs_of_four_bits_are_not_left_unrounded() -> None:
+    q = rtn(torch.randn(8, 128), None, parse_scheme("W4A16").weight)
+    assert why_not(replace(q, input_spec=parse_scheme("W4A8").input)) != ""

@@ -1,7 +1,7 @@
 """Packed products as torch operators, so that they work inside torch.compile.
 
-`pack` stores a layer for the kernel of a device and `product` runs it. CPUs have one so far;
-importing needs neither a compiler nor a GPU.
+`pack` stores a layer for the kernel of a device and `product` runs it. Only CPUs have kernels
+here so far; importing needs neither a compiler nor a GPU.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from bitwright.errors import BadRequest
 from bitwright.kernels.cpu_build import why_not_compiled
 from bitwright.kernels.cpu_w4a16 import w4a16
+from bitwright.kernels.cpu_w8a8 import Int8Weight, pack_int8, w8a8_int8, why_not_int8
 from bitwright.kernels.layouts import CpuWeight, pack_for_cpu, why_not_packed
 from bitwright.schemes.quantized import QuantizedLinear
 
@@ -18,18 +19,24 @@ def why_not(q: QuantizedLinear, device: torch.device | str = "cpu") -> str:
     """Why no kernel takes this layer there; "" if one does."""
     if torch.device(device).type != "cpu":
         return f"there is no kernel for {device} yet"
+    if q.input_spec is not None:
+        return why_not_int8(q)
     return why_not_packed(q) or why_not_compiled()
 
 
-def pack(q: QuantizedLinear, device: torch.device | str = "cpu") -> CpuWeight:
+def pack(q: QuantizedLinear, device: torch.device | str = "cpu") -> CpuWeight | Int8Weight:
     """A layer in its kernel's storage. Raises BadRequest if `why_not` has a reason."""
     if reason := why_not(q, device):
         raise BadRequest(f"this layer cannot be packed: {reason}")
-    return pack_for_cpu(q)
+    return pack_for_cpu(q) if q.input_spec is None else pack_int8(q)
 
 
-def product(x: Tensor, w: CpuWeight) -> Tensor:
+def product(x: Tensor, w: CpuWeight | Int8Weight) -> Tensor:
     """x Wᵀ + bias for x of any leading shape, (..., I) -> (..., O) in ``x``'s dtype."""
+    if isinstance(w, Int8Weight):
+        return torch.ops.bitwright.w8a8_cpu(  # type: ignore[no-any-return]
+            x, w.codes_OI, w.scale_O, w.bias_O, w.input_scale
+        )
     out: Tensor = _w4a16(
         x, w.words_TKJL, w.scale_TGN, w.zero_TGN, w.table, w.bias_O, w.order_I,
         w.shape[0], w.shape[1], w.group_size, w.factor,
@@ -60,3 +67,17 @@ def _(x: Tensor, *rest: object) -> Tensor:
     rows = rest[6]
     assert isinstance(rows, int)
     return x.new_empty((*x.shape[:-1], rows))
+
+
+@torch.library.custom_op("bitwright::w8a8_cpu", mutates_args=())
+def _w8a8(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None
+) -> Tensor:
+    rows, cols = codes.shape
+    weight = Int8Weight(codes, scale, bias, input_scale)
+    return w8a8_int8(x.reshape(-1, cols), weight).view(*x.shape[:-1], rows)
+
+
+@_w8a8.register_fake
+def _(x: Tensor, codes: Tensor, *rest: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
