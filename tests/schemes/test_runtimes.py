@@ -19,7 +19,7 @@ SHAPES = {"layer": (64, 64)}
 def test_every_entry_names_a_format_and_says_where_it_comes_from() -> None:
     for runtime, entry in _table().items():
         assert entry["origin"] in ("tested", "read"), runtime
-        rest = set(entry) - {"origin", "caches", "widths"}
+        rest = set(entry) - {"origin", "caches", "widths", "rows", "columns", "groups"}
         assert rest
         assert rest <= set(FORMATS), runtime
 
@@ -66,7 +66,12 @@ def test_what_a_runtime_loads_is_not_refused(runtime: str, fmt: str, name: str) 
 def test_widths_and_unknown_runtimes() -> None:
     with pytest.raises(BadShape, match="layer: vllm-cpu needs widths in multiples of 32"):
         require_loadable("vllm-cpu", "gptq", W4, {"layer": (48, 64)})
-    with pytest.raises(UnknownName, match="known: vllm-cpu, vllm-cuda, sglang"):
+    with pytest.raises(BadShape, match="layer: marlin needs widths in multiples of 64 x 128"):
+        require_loadable("marlin", "gptq", W4, {"layer": (64, 576)})
+    with pytest.raises(BadRequest, match="marlin does not load group size 256"):
+        require_loadable("marlin", "gptq", W4.with_weight(group_size=256), SHAPES)
+    require_loadable("marlin", "awq", W4.with_weight(asymmetric=True), {"layer": (192, 384)})
+    with pytest.raises(UnknownName, match="known: vllm-cpu, vllm-cuda, marlin, sglang"):
         require_loadable("ollama", "gguf", W4, SHAPES)
     assert known_runtimes()[0] == "vllm-cpu"
     assert spelling(FP8.with_granularity("block")) == "W8A8-FP8 block"

@@ -55,7 +55,7 @@ def require_loadable(
         raise UnknownName(f"unknown runtime {runtime!r}; known: {', '.join(table)}")
     entry = table[runtime]
     formats = {key: value for key, value in entry.items()
-               if isinstance(value, list) and key != "caches"}  # fmt: skip
+               if isinstance(value, list) and key not in ("caches", "groups")}  # fmt: skip
     asked = spelling(scheme)
     if fmt not in formats:
         raise BadRequest(f"{runtime} does not load the format {fmt}: use --format "
@@ -68,8 +68,14 @@ def require_loadable(
         if not any(fnmatchcase(f"KV{cache_name}", pattern) for pattern in entry["caches"]):
             raise BadRequest(f"{runtime} does not load a KV{cache_name} cache; it does load "
                              f"{', '.join(entry['caches']) or 'none in low bits'}")  # fmt: skip
+    groups = entry.get("groups")
+    if groups is not None and scheme.weight.group[1] not in groups:
+        raise BadRequest(f"{runtime} does not load group size {scheme.weight.group[1]}; it does "
+                         f"load {', '.join(map(str, groups))} (-1: per channel)")  # fmt: skip
     step = entry.get("widths", 1)
+    of_rows, of_columns = entry.get("rows", step), entry.get("columns", step)
     for name, (rows, cols) in shapes.items():
-        if rows % step or cols % step:
-            raise BadShape(f"{name}: {runtime} needs widths in multiples of {step}, not {rows} x "
+        if rows % of_rows or cols % of_columns:
+            needed = f"{step}" if of_rows == of_columns else f"{of_rows} x {of_columns}"
+            raise BadShape(f"{name}: {runtime} needs widths in multiples of {needed}, not {rows} x "
                            f"{cols}: add it to --ignore")  # fmt: skip
