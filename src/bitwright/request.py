@@ -15,6 +15,7 @@ from bitwright.methods.ranges import RANGES
 from bitwright.numerics.grids import FloatGrid, IntGrid
 from bitwright.numerics.groups import dividing_sizes
 from bitwright.pipeline.checkpoint import Checkpoint
+from bitwright.pipeline.experts import Experts, routers
 from bitwright.pipeline.online import transform_config
 from bitwright.pipeline.run import predicted_bytes
 from bitwright.pipeline.topology import Topology, compute_dtype, discover, layer_name
@@ -128,6 +129,8 @@ def prepare(
             "say: rotate with --no-online, or write that format"
         )
     topology = discover(source, trust_remote_code=trust_remote_code)
+    if true_inputs and any(isinstance(module, Experts) for module in topology.model.modules()):
+        raise BadRequest("--true-inputs compares token by token, but experts get unlike tokens")
     shapes = {
         layer_name(topology, name): (linear.out_features, linear.in_features)
         for block in topology.linears
@@ -267,8 +270,15 @@ def _with_group_size(
 
 
 def _outside(topology: Topology) -> list[Layer]:
+    """What is never quantized: Linears outside the blocks, and the routers of experts."""
     inside = {name for block in topology.linears for name in block}
     out = []
+    for index, block_name in enumerate(topology.block_names):
+        for name, module in routers(topology.block(index)).items():
+            tensor = topology.source[f"{block_name}.{name}.weight"]
+            sides = module.get_parameter("weight").shape
+            layer = Layer(tensor.removesuffix(".weight"), (sides[0], sides[1]), None, "router")
+            out.append(layer)
     for name, module in topology.model.named_modules():
         if isinstance(module, torch.nn.Linear) and name not in inside:
             tensor = topology.source.get(f"{name}.weight", f"{name}.weight")

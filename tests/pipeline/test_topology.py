@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
     T5Config,
@@ -129,16 +128,6 @@ def test_blocks_that_are_not_a_plain_chain_are_refused(walk: str, tmp_path: Path
     with pytest.raises(UnsupportedModel, match="OddForCausalLM"):
         bitwright.quantize(folder, tmp_path / "out", scheme="W8A16")
     assert not (tmp_path / "out").exists()
-
-
-def test_fused_experts_are_refused_by_name(tmp_path: Path) -> None:
-    config = MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
-    with pytest.raises((UnsupportedModel, BadCheckpoint), match="expert"):
-        bitwright.quantize(tmp_path / "moe", tmp_path / "out")
 
 
 def test_an_encoder_decoder_is_refused_by_its_type(tmp_path: Path) -> None:

@@ -47,6 +47,26 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+_EXPERTS = _GATED | {"num_experts_per_tok": 2}
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", _EXPERTS | {"num_local_experts": 4}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        _EXPERTS | {"num_experts": 6, "moe_intermediate_size": 32, "head_dim": 16},
+    ),
+    "deepseek-v3": (  # the first block dense, then shared and routed experts
+        "deepseek_v3",
+        _EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32,
+                    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+                    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16,
+                    "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4},
+    ),
+    "gpt-oss": (
+        "gpt_oss",
+        _EXPERTS | {"num_local_experts": 4, "head_dim": 16, "sliding_window": 32},
+    ),
+}  # fmt: skip
+
 SCALED = {  # their logits are more than the output embedding of the hidden states
     "granite": ("granite", _GATED | {"logits_scaling": 8.0}),
     "cohere": ("cohere", _GATED | {"logit_scale": 0.25}),
@@ -80,7 +100,7 @@ def make_model(
     **changes: Any,
 ) -> Path:
     """Save a random model and its tokenizer into ``folder``; returns it."""
-    kind, settings = (ARCHITECTURES | SCALED)[architecture]
+    kind, settings = (ARCHITECTURES | SCALED | EXPERTS)[architecture]
     torch.manual_seed(1)
     config = AutoConfig.for_model(kind, **(settings | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -167,7 +167,7 @@ def collect(
     *,
     sample: bool = False,
 ) -> dict[SharedInput, InputStats]:
-    """Statistics of every shared input of a block, in one replay.
+    """Statistics of every shared input of a block that any token reached, in one replay.
 
     ``on_output`` receives each batch's output of the unquantized block; ``sample`` keeps what
     input scales are chosen by.
@@ -187,7 +187,7 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-    return {group: total.stats() for group, total in sums.items()}
+    return {group: total.stats() for group, total in sums.items() if total.tokens}
 
 
 def collect_drift(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bitwright.pipeline.experts import every_expert
 from bitwright.pipeline.topology import BlockCall, call_block
 
 
@@ -34,7 +35,7 @@ def shared_inputs(
 
     handles = [m.register_forward_pre_hook(watch(n)) for n, m in linears.items()]  # type: ignore[arg-type]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), every_expert(block):
             call_block(block, hidden_BTD, call)
     finally:
         for handle in handles:

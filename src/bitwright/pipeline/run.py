@@ -15,6 +15,7 @@ from bitwright.methods.gptaq import retarget
 from bitwright.pipeline.cache_scales import block_scales, observing
 from bitwright.pipeline.calibrate import HiddenStates, advance, collect, collect_drift
 from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, folder_bytes, require_space
+from bitwright.pipeline.experts import every_expert, lend_statistics
 from bitwright.pipeline.folds import apply_fold, find_folds
 from bitwright.pipeline.inputs import SharedInput, shared_inputs
 from bitwright.pipeline.journal import Journal, request_of
@@ -152,6 +153,7 @@ def quantize_block(
     stats: dict[str, InputStats] = {}
     exponents: dict[str, float] = {}
     rewritten: set[str] = set()
+    lent: dict[str, str] = {}
     weights = {
         f"{layer_name(topology, module)}.weight": tensors[
             f"{layer_name(topology, module)}.weight"
@@ -165,6 +167,7 @@ def quantize_block(
         _, first, call = next(hidden.batches(index))
         shared = shared_inputs(topology.block(index), linears, first, call)
         stats = _statistics(topology, index, hidden, shared, sample=plan.needs_samples)
+        lent = lend_statistics(stats, linears, topology.model)
         return_freed_memory()
         if true is not None:
             _retarget(topology, index, weights, stats, plan, hidden, true, shared)
@@ -186,7 +189,8 @@ def quantize_block(
             for name, weight_only, row in solve_layers(chosen, stat, plan, fold=fold):
                 inputs = input_of(stat, scheme.input, plan.options)
                 q = replace(weight_only, input_spec=scheme.input, input_scale=inputs)
-                report.layers.append(row)
+                notes = [note for note in (lent.get(together[0]), row.fallback) if note]
+                report.layers.append(replace(row, fallback="; ".join(notes)))
                 solved.codes[name] = q
             return_freed_memory()
     if hidden is not None:
@@ -230,7 +234,7 @@ def _statistics(
     by_input = collect(
         topology.block(index), topology.linears[index], shared, hidden, index, sample=sample
     )
-    return {name: by_input[group] for group in shared for name in group.names}
+    return {name: by_input[group] for group in shared if group in by_input for name in group.names}
 
 
 def _retarget(
@@ -277,7 +281,10 @@ def _fold(
     keys |= {p.removeprefix(prefix): t for p, t in keys.items()}
     values = {t: tensors[t].float() for t in tensors} | weights
     exponents = {}
-    for fold in find_folds(block, linears, shared, first, call):
+    reached = [group for group in shared if group.names[0] in stats]
+    with every_expert(block):
+        folds = find_folds(block, linears, reached, first, call)
+    for fold in folds:
         readers = [keys[f"{name}.weight"] for name in fold.shared.names]
         stat = stats[fold.shared.names[0]]
         planned = plan.quantized.get(readers[0].removesuffix(".weight"))

