@@ -205,6 +205,15 @@ def test_what_cannot_be_done_is_said_first(llama: Path, text: Path, tmp_path: Pa
     shutil.rmtree(tmp_path / "out")
 
 
+def test_the_curve_is_on_the_page(llama: Path, text: Path, tmp_path: Path) -> None:
+    from bitwright import report
+
+    train(llama, tmp_path / "out", data=str(text), init="rtn", group_size=32, **SMALL)
+    page = report(tmp_path / "out", tmp_path / "page.html").read_text(encoding="utf-8")
+    assert 'data-chart="training-0"' in page
+    assert "held-out windows" in page
+
+
 def test_biases_and_norms_learn(model_of: Any, text: Path, tmp_path: Path) -> None:
     model = model_of("qwen2")
     out = tmp_path / "out"
