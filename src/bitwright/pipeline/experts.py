@@ -2,21 +2,19 @@
 
 transformers keeps a layer's experts as gate_up_proj (E, 2I, H) and down_proj (E, H, I), and says
 on the module how they lie (`has_gate`, `has_bias`, `is_transposed`, `is_concatenated`). Checkpoints
-store one matrix per expert and projection, which is also what runtimes load in quantized form. So
-the fused module is replaced by one with Linears, before anything else looks at the model: every
-expert then gets statistics from the tokens that are routed to it, codes of its own, and its name.
+store one matrix per expert and projection, which is also what runtimes load in quantized form
+(`stored_names` has their names). So the fused module is replaced by one with Linears, before
+anything else looks at the model: every expert then gets statistics from the tokens that are routed
+to it, codes of its own, and its name.
 """
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import extract_weight_conversions_for_model
-from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from bitwright.errors import UnsupportedModel
 from bitwright.schemes.stats import InputStats, merge
@@ -87,43 +85,6 @@ def take_apart(model: nn.Module) -> None:
             )
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, Experts(module))
-
-
-def stored_as(model: nn.Module, tensors: Iterable[str]) -> dict[str, str]:
-    """The name each tensor has in the model -> its name in the checkpoint.
-
-    The two differ only for mixtures of experts whose checkpoints have older names (Mixtral);
-    transformers' own conversion mapping says how.
-    """
-    names = list(tensors)
-    if not any(isinstance(module, Experts) for module in model.modules()):
-        return {name: name for name in names}
-    rules = [rule for conversion in extract_weight_conversions_for_model(model) or []
-             for rule in _rules(conversion)]  # fmt: skip
-    out = {}
-    for name in names:
-        renamed = name
-        for pattern, target in rules:
-            renamed = re.sub(pattern, target, renamed)
-        out[renamed] = name
-    return out
-
-
-def _rules(conversion: object) -> list[tuple[str, str]]:
-    """One entry of the mapping as substitutions of names."""
-    if isinstance(conversion, WeightConverter):
-        (target,) = conversion.target_patterns
-        stem, _, leaf = target.rpartition(".")
-        roles = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(leaf)
-        if roles is None or len(roles) != len(conversion.source_patterns):
-            return []
-        return [
-            (re.escape(source).replace(r"\*", r"(\d+)") + "$", rf"{stem}.\1.{role}.weight")
-            for source, role in zip(conversion.source_patterns, roles, strict=True)
-        ]
-    if isinstance(conversion, WeightRenaming):
-        return [(conversion.source_patterns[0], conversion.target_patterns[0])]
-    return []
 
 
 @contextmanager

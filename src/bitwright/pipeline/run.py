@@ -86,7 +86,8 @@ def quantize_checkpoint(
         return_freed_memory()
         count = len(topology.block_names)
         for index in range(done, count):
-            progress(index, count, f"block {index + 1} of {count}")
+            memory = f"{peak_rss_bytes() / 1e6:.0f} MB"
+            progress(index, count, f"block {index + 1} of {count}, peak {memory}")
             began, lines = time.perf_counter(), len(report.layers)
             tensors = source.read(topology.block_tensors(index).values())
             solved = quantize_block(source, topology, index, tensors, plan, hidden, report, true)

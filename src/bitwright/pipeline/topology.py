@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from bitwright.errors import BadCheckpoint, BadTensor, UnsupportedModel
 from bitwright.pipeline.checkpoint import Checkpoint
-from bitwright.pipeline.experts import stored_as, take_apart
+from bitwright.pipeline.experts import take_apart
 from bitwright.pipeline.online import install_online
+from bitwright.pipeline.stored_names import stored_as
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,10 @@ def discover(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Topo
 
 
 def build_empty(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> nn.Module:
-    """The transformers model of a checkpoint, parameters on meta, buffers real."""
+    """The transformers model of a checkpoint, parameters on meta, buffers real.
+
+    Vision-language models are built whole; only text ever goes through them here.
+    """
     transformers_logging.set_verbosity_error()
     kind = checkpoint.config.get("model_type", "(no model_type)")
     if "auto_map" in checkpoint.config and not trust_remote_code:
@@ -104,8 +108,10 @@ def build_empty(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> n
         )
         if "quantization_config" in checkpoint.config:
             del config.quantization_config
+        sees = type(config) in AutoModelForImageTextToText._model_mapping
+        kind_of_model = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model = kind_of_model.from_config(
                 config, dtype=compute_dtype(checkpoint), trust_remote_code=trust_remote_code
             )
     except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
