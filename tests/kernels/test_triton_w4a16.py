@@ -97,3 +97,13 @@ def test_cubins_for_two_gpus_spill_nothing(capsys: pytest.CaptureFixture[str]) -
     with capsys.disabled():
         worst = max(built, key=lambda row: row["registers"])
         print(f"\n{len(built)} cubins, no spills; most registers: {worst}")
+
+
+def test_the_gpu_benchmark_runs_dry() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu" / "bench_w4a16.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--dry"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("of the allowed error") == 12
+    assert "nothing was timed" in done.stdout
