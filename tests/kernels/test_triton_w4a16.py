@@ -89,7 +89,7 @@ def test_cubins_for_two_gpus_spill_nothing(capsys: pytest.CaptureFixture[str]) -
     assert done.returncode == 0, done.stderr[-2000:]
     built = json.loads(done.stdout)
     assert {row["target"] for row in built} == {80, 90}
-    assert len(built) >= 16
+    assert len(built) >= 32
     for row in built:
         assert row["spill_bytes"] == 0, row
         assert row["registers"] <= 255, row

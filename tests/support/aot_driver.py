@@ -11,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bitwright.kernels import triton_w8a8
 from bitwright.kernels.triton_w4a16 import TILES, _product
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -64,6 +65,73 @@ def build(target: int, rows: int, slices: int, zero: bool, half: bool) -> dict[s
     }  # fmt: skip
 
 
+def build_w8a8(target: int, rows: int, integer: bool, per_block: bool) -> dict[str, Any]:
+    """One variant of the 8-bit product, for 4096 columns."""
+    tile = next(tile for limit, tile in triton_w8a8.TILES if rows <= limit)
+    code = "i8" if integer else "fp8e4nv"
+    signature = {
+        "x_ptr": f"*{code}", "w_ptr": f"*{code}", "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32",
+        "bias_ptr": "*fp32", "out_ptr": "*bf16", "rows": "i32", "channels": "i32", "cols": "i32",
+    }  # fmt: skip
+    constants = {
+        "ROWS": tile.rows, "CHANNELS": tile.channels, "STEP": triton_w8a8.BLOCK, "BLOCKS": 32,
+        "PER_BLOCK": per_block, "INTEGER": integer, "HAS_BIAS": True, "WIDE": False,
+    }  # fmt: skip
+    return _compiled(
+        triton_w8a8._product, signature, constants, target, tile.warps, tile.stages,
+        {"rows": rows, "kernel": "w8a8 " + code, "per_block": per_block},
+    )  # fmt: skip
+
+
+def build_quantize(target: int, integer: bool, per_block: bool) -> dict[str, Any]:
+    """One variant of the inputs' rounding."""
+    signature = {
+        "x_ptr": "*bf16", "codes_ptr": "*i8" if integer else "*fp8e4nv", "scale_ptr": "*fp32",
+        "cols": "i32", "largest": "fp32",
+    }  # fmt: skip
+    width = triton_w8a8.BLOCK if per_block else 1024
+    constants = {
+        "WIDTH": width, "BLOCKS": 4096 // width, "PER_BLOCK": per_block, "INTEGER": integer,
+    }  # fmt: skip
+    return _compiled(
+        triton_w8a8._quantize, signature, constants, target, 4, 3,
+        {"kernel": "quantize", "per_block": per_block},
+    )  # fmt: skip
+
+
+def _compiled(
+    fn: Any, signature: dict[str, str], constants: dict[str, Any], target: int, warps: int,
+    stages: int, about: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
+    whole = [i for i, kind in enumerate(signature.values()) if kind == "i32"]
+    source = ASTSource(
+        fn=fn,
+        signature=signature | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in pointers + whole[1:]},
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", target, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    used = usage(compiled.asm["ptx"], target)
+    return {"target": target, "shared_bytes": compiled.metadata.shared, **about, **used}
+
+
+def eight_bits() -> list[dict[str, Any]]:
+    """INT8 for both targets, FP8 for the one that has it."""
+    built = []
+    for target in (80, 90):
+        for integer in (True, False) if target == 90 else (True,):
+            for per_block in (False, True) if not integer else (False,):
+                for rows in (16, 64, 256):
+                    built.append(build_w8a8(target, rows, integer, per_block))
+                built.append(build_quantize(target, integer, per_block))
+    return built
+
+
 if __name__ == "__main__":
     print(json.dumps([
         build(target, rows, slices, zero, half)
@@ -73,4 +141,4 @@ if __name__ == "__main__":
             (64, 8, False, True), (64, 4, True, False),
             (128, 8, False, True), (128, 2, True, False),
         )
-    ]))  # fmt: skip
+    ] + eight_bits()))  # fmt: skip
