@@ -34,7 +34,9 @@ def usage(ptx: str, target: int) -> dict[str, int]:
     return {"registers": int(registers[1]), "spill_bytes": spills}
 
 
-def build(target: int, rows: int, slices: int, zero: bool, half: bool) -> dict[str, Any]:
+def build(
+    target: int, rows: int, slices: int, zero: bool, half: bool, fp4: bool = False
+) -> dict[str, Any]:
     """One variant of the product."""
     tile = next(tile for limit, tile in TILES if rows <= limit)
     kind = "fp16" if half else "bf16"
@@ -45,7 +47,7 @@ def build(target: int, rows: int, slices: int, zero: bool, half: bool) -> dict[s
     }  # fmt: skip
     constants = {
         "SHARE": 8, "ROWS": tile.rows, "CHANNELS": tile.channels, "SLICES": slices,
-        "HAS_ZERO": zero, "HALF": half, "WIDE": False,
+        "HAS_ZERO": zero, "FLOAT": fp4, "HALF": half, "WIDE": False,
     }  # fmt: skip
     aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 6, 7)}
     source = ASTSource(
@@ -61,6 +63,7 @@ def build(target: int, rows: int, slices: int, zero: bool, half: bool) -> dict[s
     )
     return {
         "target": target, "rows": rows, "group": 16 * slices, "zero": zero, "half": half,
+        "fp4": fp4,
         "shared_bytes": compiled.metadata.shared, **usage(compiled.asm["ptx"], target),
     }  # fmt: skip
 
@@ -141,4 +144,8 @@ if __name__ == "__main__":
             (64, 8, False, True), (64, 4, True, False),
             (128, 8, False, True), (128, 2, True, False),
         )
+    ] + [
+        build(target, rows, slices, False, half, True)
+        for target in (80, 90)
+        for rows, slices, half in ((16, 1, False), (64, 2, True))
     ] + eight_bits()))  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bitwright.numerics.grids import E4M3, E8M0, IntGrid, values
+from bitwright.numerics.grids import E2M1, E4M3, E8M0, IntGrid, values
 from bitwright.schemes.quantized import QuantizedLinear
 
 LANES = 64  # output channels of one CPU tile: four vectors of 16
@@ -50,17 +50,19 @@ class GpuWeight:
     step of a tensor core's product, without moving anything between threads. A tile of a block's
     channels is one contiguous piece of memory. Columns are padded to 128 with code 0.
     ``scale_GO``: (G, O), 16 bits or float32, neighbours are channels; ``zero_GO``: int32 or None,
-    ``middle`` is subtracted where it is None.
+    ``middle`` is subtracted where it is None; ``middle`` is None for E2M1 codes. ``factor``: the
+    scale of the whole tensor.
     """
 
     words_BOS: Tensor
     scale_GO: Tensor
     zero_GO: Tensor | None
-    middle: int
+    middle: int | None
     bias_O: Tensor | None
     order_I: Tensor | None
     shape: tuple[int, int]
     group_size: int
+    factor: float = 1.0
 
 
 def why_not_packed(q: QuantizedLinear) -> str:
@@ -131,11 +133,11 @@ def why_not_on_gpu(q: QuantizedLinear) -> str:
     """Why the Triton kernel cannot hold this layer; "" if it can."""
     if reason := why_not_packed(q):
         return reason
-    if not isinstance(q.spec.grid, IntGrid):
-        return "its grid is not integers"
+    if not isinstance(q.spec.grid, IntGrid) and q.spec.grid != E2M1:
+        return "its grid is neither integers nor E2M1"
     size = _group_size(q)
-    if size not in (32, 64) and size % BLOCK and size != q.shape[1]:
-        return f"its group size {size} is not 32, 64, a multiple of {BLOCK} or the whole row"
+    if size not in (16, 32, 64) and size % BLOCK and size != q.shape[1]:
+        return f"its group size {size} is not 16, 32, 64, a multiple of {BLOCK} or the whole row"
     return ""
 
 
@@ -149,16 +151,16 @@ def pack_for_gpu(q: QuantizedLinear) -> GpuWeight:
     zero = torch.zeros((), dtype=torch.int32)
     words = sum((nibbles[:, :, j] << (4 * j) for j in range(8)), zero)
     grid = q.spec.grid
-    assert isinstance(grid, IntGrid)
     return GpuWeight(
         words_BOS=words.permute(1, 0, 2).contiguous(),
         scale_GO=_stored_scale(q, (torch.bfloat16, torch.float16, torch.float32)).T.contiguous(),
         zero_GO=None if q.zero_point_RG is None else q.zero_point_RG.T.to(torch.int32).contiguous(),
-        middle=-grid.lowest,
+        middle=-grid.lowest if isinstance(grid, IntGrid) else None,
         bias_O=q.bias_O,
         order_I=order_I,
         shape=q.shape,
         group_size=_group_size(q),
+        factor=1.0 if q.global_scale is None else float(q.global_scale),
     )
 
 
@@ -167,8 +169,11 @@ def unpack_gpu(w: GpuWeight) -> Tensor:
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=w.words_BOS.device)[:, None]
     codes = (w.words_BOS.permute(1, 0, 2).unsqueeze(2) >> shifts) & 15  # O B J S
     codes = codes.reshape(w.shape[0], -1)[:, : w.shape[1]]
+    scale = _spread(w.scale_GO.float(), w)
+    if w.middle is None:
+        return values(E2M1).float().to(codes.device)[codes] * scale * w.factor
     zero = w.middle if w.zero_GO is None else _spread(w.zero_GO, w)
-    return (codes - zero) * _spread(w.scale_GO.float(), w)
+    return (codes - zero) * scale * w.factor
 
 
 def _spread(value_GO: Tensor, w: GpuWeight) -> Tensor:

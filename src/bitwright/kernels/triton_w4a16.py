@@ -1,4 +1,4 @@
-"""W4A16 in Triton: 4-bit integer weights times 16-bit inputs, float32 sums.
+"""W4A16 in Triton: 4-bit integer or E2M1 (NVFP4, MXFP4) weights times 16-bit inputs.
 
 Weights come in the order of `layouts.GpuWeight`. A program owns BM rows by BN channels and a share
 of the blocks of 128 columns (split-K, so that skinny products use every multiprocessor). Per block
@@ -6,6 +6,7 @@ it loads one contiguous tile of words and, for each of the eight nibbles, turns 
 numbers in registers and multiplies: or-ing a code into the mantissa of 1024 (float16) or 2^23
 (float32, then cut to bfloat16) makes a number whose excess is subtracted with the zero point.
 Codes minus zero points are exact in 16 bits, so only sums round; a group's sum is scaled once.
+E2M1 codes are moved to the top bits of a float16, whose value is then theirs times 2^-14.
 
 Imported only where Triton is (`pip install 'bitwright[triton]'`); with TRITON_INTERPRET=1 the same
 code runs on CPU tensors.
@@ -58,14 +59,16 @@ def w4a16(x_MI: Tensor, w: GpuWeight) -> Tensor:
     parts = torch.empty(split, rows, channels, dtype=torch.float32, device=x_MI.device)
     _product[(*grid, split)](
         x_MI, w.words_BOS, w.scale_GO, w.zero_GO, parts, rows, channels, w.shape[1], blocks,
-        max(1, triton.cdiv(w.group_size, BLOCK)), w.middle,
+        max(1, triton.cdiv(w.group_size, BLOCK)), w.middle or 0,
         SHARE=triton.cdiv(blocks, split), ROWS=tile.rows, CHANNELS=tile.channels,
-        SLICES=w.group_size // 16 if w.group_size in (32, 64) else 8,
-        HAS_ZERO=w.zero_GO is not None, HALF=x_MI.dtype == torch.float16,
+        SLICES=w.group_size // 16 if w.group_size in (16, 32, 64) else 8,
+        HAS_ZERO=w.zero_GO is not None, FLOAT=w.middle is None, HALF=x_MI.dtype == torch.float16,
         WIDE=x_MI.device.type == "cpu",  # the interpreter cannot multiply bfloat16
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     out = parts.sum(0) if split > 1 else parts[0]
+    if w.factor != 1.0:
+        out = out * w.factor
     if w.bias_O is not None:
         out = out + w.bias_O.float()
     return out.to(x_MI.dtype)
@@ -77,8 +80,8 @@ def expanded(w: GpuWeight, dtype: torch.dtype) -> Tensor:
     out = torch.empty(channels, cols, dtype=dtype, device=w.words_BOS.device)
     step = 32
     _expand[(triton.cdiv(channels, step), len(w.words_BOS))](
-        w.words_BOS, w.scale_GO, w.zero_GO, out, channels, cols, w.group_size, w.middle,
-        CHANNELS=step, HAS_ZERO=w.zero_GO is not None,
+        w.words_BOS, w.scale_GO, w.zero_GO, out, channels, cols, w.group_size, w.middle or 0,
+        w.factor, CHANNELS=step, HAS_ZERO=w.zero_GO is not None, FLOAT=w.middle is None,
     )  # fmt: skip
     return out
 
@@ -95,12 +98,19 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@triton.jit
+def _e2m1(code):  # type: ignore[no-untyped-def]
+    """The float16 value of 4-bit floats; subnormal ones are exact too."""
+    bits = ((code & 8) << 12) | ((code & 7) << 9)
+    return bits.to(tl.int16).to(tl.float16, bitcast=True) * 16384.0
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _product(  # type: ignore[no-untyped-def]
     x_ptr, words_ptr, scale_ptr, zero_ptr, parts_ptr, rows, channels, cols, blocks,
     blocks_per_group, middle,
     SHARE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, SLICES: tl.constexpr,
-    HAS_ZERO: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
+    HAS_ZERO: tl.constexpr, FLOAT: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of one part; SLICES: steps of 16 columns that share a scale within a block."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -130,7 +140,11 @@ def _product(  # type: ignore[no-untyped-def]
                 mask = (row[:, None] < rows) & (column[None, :] < cols)
                 x = tl.load(x_ptr + row[:, None] * cols + column[None, :], mask=mask, other=0)
                 code = (word >> (4 * slice_)) & 15
-                if HALF:
+                if FLOAT:
+                    value = _e2m1(code)
+                    if not HALF:
+                        value = value.to(tl.float32).to(tl.bfloat16)
+                elif HALF:
                     value = (code | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
                     value = value - (zero + 1024).to(tl.float16)[:, None]
                 else:
@@ -147,8 +161,8 @@ def _product(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _expand(  # type: ignore[no-untyped-def]
-    words_ptr, scale_ptr, zero_ptr, out_ptr, channels, cols, group_size, middle,
-    CHANNELS: tl.constexpr, HAS_ZERO: tl.constexpr,
+    words_ptr, scale_ptr, zero_ptr, out_ptr, channels, cols, group_size, middle, factor,
+    CHANNELS: tl.constexpr, HAS_ZERO: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     """One block of 128 columns of some channels, dequantized."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -163,6 +177,10 @@ def _expand(  # type: ignore[no-untyped-def]
         zero = tl.full((CHANNELS, 16), 0, dtype=tl.int32) + middle
         if HAS_ZERO:
             zero = tl.load(zero_ptr + where, mask=mask, other=0)
-        value = (((word >> (4 * slice_)) & 15) - zero).to(tl.float32) * scale
+        code = (word >> (4 * slice_)) & 15
+        if FLOAT:
+            value = _e2m1(code).to(tl.float32) * scale * factor
+        else:
+            value = (code - zero).to(tl.float32) * scale * factor
         to = channel[:, None] * cols + column[None, :]
         tl.store(out_ptr + to, value.to(out_ptr.dtype.element_ty), mask=mask)
