@@ -16,6 +16,8 @@ from bitwright.pipeline.experts import Experts
 from bitwright.pipeline.topology import discover
 from bitwright.runtime.load import format_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ("mixtral", "qwen3-moe", "deepseek-v3")
 TOKENS = torch.arange(20, 84).view(2, 32)
 Factory = Callable[..., Path]

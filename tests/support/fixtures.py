@@ -1,9 +1,10 @@
 """Checkpoints built once and shared; tests that damage one copy it first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from support.models import make_model, make_text
 
@@ -32,3 +33,12 @@ def llama(model_of: ModelFactory) -> Path:
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_text(tmp_path_factory.mktemp("text") / "calibration.txt")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For training tiny models: threads that wait for each other take minutes on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -26,6 +26,9 @@ from bitwright.runtime.source import load_tokenizer
 from bitwright.training.distill import divergence
 from bitwright.training.qat import Diverged, Recipe, split_samples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ALONE = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 SMALL: dict[str, Any] = {
     "steps": 4, "samples": 12, "sequence_length": 32, "batch_tokens": 64, "check_every": 2,
     "calibration_samples": 8,
@@ -134,11 +137,11 @@ def test_a_killed_run_goes_on_to_the_same_result(llama: Path, text: Path, tmp_pa
     words = ["train", llama, "--data", text, "--train", "all", "--group-size", "32", "--json"]
     words += ["--samples", "12", "--sequence-length", "32", "--batch-tokens", "64"]
     words += ["--calibration-samples", "8", "--check-every", "5", "--steps", "120"]
-    whole = run_apart(*words[:2], tmp_path / "whole", *words[2:])
+    whole = run_apart(*words[:2], tmp_path / "whole", *words[2:], **ALONE)
     assert whole.code == 0, whole.err
     command = [sys.executable, "-m", "bitwright.cli", *map(str, words)]
     command.insert(5, str(tmp_path / "out"))
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | ALONE)
     state = tmp_path / ".out.training" / "state.safetensors"
     deadline, seen = time.monotonic() + 120, set[int]()
     while len(seen) < 3 and time.monotonic() < deadline:  # the third: in the middle of training
@@ -148,11 +151,12 @@ def test_a_killed_run_goes_on_to_the_same_result(llama: Path, text: Path, tmp_pa
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out").exists()
-    other = run_apart(*words[:2], tmp_path / "out", *words[2:], "--resume", "--lr", "1e-3")
+    again = [*words[:2], tmp_path / "out", *words[2:], "--resume"]
+    other = run_apart(*again, "--lr", "1e-3", **ALONE)
     assert other.code == 2
     assert "begun with recipe" in other.err
     assert len(other.err.strip().splitlines()) == 1
-    done = run_apart(*words[:2], tmp_path / "out", *words[2:], "--resume")
+    done = run_apart(*again, **ALONE)
     assert done.code == 0, done.err
     first, second = json.loads(whole.out), json.loads(done.out)
     assert first["training"]["curve"] == second["training"]["curve"]
@@ -165,13 +169,13 @@ def test_two_processes_learn_what_one_does(llama: Path, text: Path, tmp_path: Pa
     words = ["--data", str(text), "--group-size", "32", "--samples", "12", "--sequence-length",
              "32", "--batch-tokens", "64", "--calibration-samples", "8", "--check-every", "3",
              "--steps", "6", "--json"]  # fmt: skip
-    alone = run_apart("train", llama, tmp_path / "one", *words)
+    alone = run_apart("train", llama, tmp_path / "one", *words, **ALONE)
     assert alone.code == 0, alone.err
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launcher += ["--master-port", "29731", "-m", "bitwright.cli", "train"]
     done = subprocess.run(
         [*launcher, str(llama), str(tmp_path / "two"), *words],
-        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, env=os.environ | ALONE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = json.loads(alone.out), json.loads(done.stdout)
