@@ -88,8 +88,8 @@ def gptq(
     zero_RG = None
     if scale_RG is None:
         scale_RG, zero_RG = choose_scales(weight_OI, spec, search=search, importance_I=importance_I)
-    upper_II = inverse_cholesky_upper(damped(hessian_II, damp)[columns][:, columns])
-    work_OI = weight_OI[:, columns].clone()
+    upper_II = inverse_cholesky_upper(damped(hessian_II, damp)[columns[:, None], columns])
+    work_OI = weight_OI[:, columns]  # a copy
     codes_OI = torch.empty(shape, dtype=torch.uint8)
     batch = -(-lazy // width) * width if not fixed else lazy
     step = batch if fixed else width

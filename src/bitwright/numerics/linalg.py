@@ -36,8 +36,7 @@ def inverse_cholesky_upper(matrix_II: Tensor) -> Tensor:
 
     Raises NotPositiveDefinite; it never falls back.
     """
-    reversed_II = matrix_II.flip(0, 1)
-    lower, info = torch.linalg.cholesky_ex(reversed_II)
+    lower, info = torch.linalg.cholesky_ex(matrix_II.flip(0, 1))
     if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
         raise NotPositiveDefinite(
             f"the hessian of size {matrix_II.shape[0]} is not positive definite: "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bitwright.errors import BadRequest, NoSpace, UnsupportedModel
+from bitwright.pipeline.checkpoint import disk
 from bitwright.pipeline.inputs import SharedInput
 from bitwright.pipeline.topology import BlockCall, Topology, call_block, run_until_blocks
 from bitwright.schemes.stats import InputStats
@@ -22,11 +23,12 @@ SAMPLED_TOKENS = 512
 
 
 class HiddenStates:
-    """The input of the current block for every calibration sample, in mapped files.
+    """The input of the current block for every calibration sample, in files.
 
     Batches of whole samples; block kwargs (masks, rotary tables) are recorded once per batch
     size, after checking that they do not depend on the tokens. What a block puts out goes into a
-    second file, which `turn` makes the current one: a crash in between loses nothing.
+    second file, which `turn` makes the current one: a crash in between loses nothing. Files are
+    read and written batch by batch, not mapped, so that memory never holds more than a batch.
     """
 
     def __init__(self, topology: Topology, tokens_NT: Tensor, file: Path, done: int = 0) -> None:
@@ -36,7 +38,7 @@ class HiddenStates:
         self._calls: dict[int, list[BlockCall]] = {}
         self._file = file
         self._turns = done
-        self._stores: list[Tensor] = []
+        self._shape: tuple[int, ...] = ()
         with torch.no_grad():
             for start in range(0, samples, self.batch):
                 tokens = tokens_NT[start : start + self.batch]
@@ -45,15 +47,12 @@ class HiddenStates:
                 hidden, calls = run_until_blocks(topology, tokens)
                 known = self._calls.setdefault(len(tokens), calls)
                 _require_same(known, calls)
-                if not self._stores:
-                    shape = (samples, length, hidden.shape[-1])
-                    self._stores = _mapped(file, shape, hidden.dtype, keep=done > 0)
+                if not self._shape:
+                    self._shape = (samples, length, hidden.shape[-1])
+                    self._dtype = hidden.dtype
+                    self._open_files(keep=done > 0)
                 if not done:
-                    self._store[start : start + self.batch] = hidden
-
-    @property
-    def _store(self) -> Tensor:
-        return self._stores[self._turns % 2]
+                    self._write(self._turns, start, hidden)
 
     def twin(self, file: Path) -> "HiddenStates":
         """A copy in files of its own, to be advanced by other weights than this one.
@@ -62,25 +61,30 @@ class HiddenStates:
         """
         other = copy.copy(self)
         other._file = file
-        other._stores = _mapped(file, self._store.shape, self._store.dtype, keep=self._turns > 0)
+        other._open_files(keep=self._turns > 0)
         if not self._turns:
-            other._store.copy_(self._store)
+            for where, batch, _ in self.batches(0):
+                other._write(0, where.start, batch)
         return other
 
     @property
     def tokens(self) -> int:
         """How many tokens there are."""
-        return self._store.shape[0] * self._store.shape[1]
+        return self._shape[0] * self._shape[1]
 
     def batches(self, index: int) -> Iterator[tuple[slice, Tensor, BlockCall]]:
         """(where, hidden states, the call of block ``index``) for every batch."""
-        for start in range(0, self._store.shape[0], self.batch):
-            where = slice(start, min(start + self.batch, self._store.shape[0]))
-            yield where, self._store[where], self._calls[where.stop - where.start][index]
+        for start in range(0, self._shape[0], self.batch):
+            where = slice(start, min(start + self.batch, self._shape[0]))
+            batch = torch.empty(where.stop - start, *self._shape[1:], dtype=self._dtype)
+            with disk(self._file.parent), _named(self._file, self._turns % 2).open("rb") as handle:
+                handle.seek(start * self._sample_bytes)
+                handle.readinto(_bytes_of(batch))
+            yield where, batch, self._calls[where.stop - start][index]
 
     def put(self, where: slice, hidden_BTD: Tensor) -> None:
         """What a block puts out for one batch; it counts from the next `turn` on."""
-        self._stores[1 - self._turns % 2][where] = hidden_BTD
+        self._write(self._turns + 1, where.start, hidden_BTD)
 
     def turn(self) -> None:
         """Make what was put current."""
@@ -93,37 +97,46 @@ class HiddenStates:
 
     def close(self) -> None:
         """Delete the files."""
-        self._stores.clear()
         for parity in (0, 1):
             _named(self._file, parity).unlink(missing_ok=True)
+
+    @property
+    def _sample_bytes(self) -> int:
+        return math.prod(self._shape[1:]) * self._dtype.itemsize
+
+    def _write(self, turn: int, start: int, hidden_BTD: Tensor) -> None:
+        with disk(self._file.parent), _named(self._file, turn % 2).open("r+b") as handle:
+            handle.seek(start * self._sample_bytes)
+            handle.write(_bytes_of(hidden_BTD.contiguous()))
+
+    def _open_files(self, *, keep: bool) -> None:
+        """Reserve both files; with ``keep`` they exist already."""
+        size = self._shape[0] * self._sample_bytes
+        for parity in (0, 1):
+            path = _named(self._file, parity)
+            if not keep:
+                _reserve(path, size)
+            elif not path.is_file() or path.stat().st_size != size:
+                raise BadRequest(f"--resume: {path} is gone or damaged: start over without --resume")
 
 
 def _named(file: Path, parity: int) -> Path:
     return file.with_name(f"{file.name}.{parity}")
 
 
-def _mapped(file: Path, shape: Sequence[int], dtype: torch.dtype, *, keep: bool) -> list[Tensor]:
-    """Two mapped files of that shape; with ``keep`` they exist already."""
-    size = math.prod(shape)
-    stores = []
-    for parity in (0, 1):
-        path = _named(file, parity)
-        if not keep:
-            _reserve(path, size * dtype.itemsize)
-        elif not path.is_file() or path.stat().st_size != size * dtype.itemsize:
-            raise BadRequest(f"--resume: {path} is gone or damaged: start over without --resume")
-        flat = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
-        stores.append(flat.view(tuple(shape)))
-    return stores
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, to be read from or written to."""
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
 
 
 def _reserve(file: Path, size: int) -> None:
-    """Give a file its place on the disk: a mapped page that found none would be a SIGBUS."""
-    if sys.platform != "linux":
-        return
+    """Give a file its place on the disk at once, not block by block until there is none left."""
     try:
         with file.open("wb") as handle:
-            os.posix_fallocate(handle.fileno(), 0, size)
+            if sys.platform == "linux":
+                os.posix_fallocate(handle.fileno(), 0, size)
+            else:
+                handle.truncate(size)
     except OSError as error:
         raise NoSpace(
             f"the disk of {file.parent.parent} is full: the calibration tokens need "
@@ -260,7 +273,7 @@ class _Sums:
         assert self.absolute is not None
         assert self.largest is not None
         return InputStats(
-            hessian_II=self.gram / self.tokens,
+            hessian_II=self.gram.div_(self.tokens),  # not needed any more
             absmean_I=self.absolute / self.tokens,
             absmax_I=self.largest.float(),
             tokens=self.tokens,

@@ -20,6 +20,7 @@ from bitwright.errors import BadCheckpoint, BadRequest, BadTensor, NoSpace
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAPPED_BYTES = 128 << 20
 COMPANIONS = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "generation_config.json", "*.model", "preprocessor_config.json",
@@ -67,15 +68,21 @@ class Checkpoint:
     def read(self, names: Iterable[str], *, mapped: bool = False) -> dict[str, Tensor]:
         """The named tensors, copied out of the mapped files.
 
-        Files are unmapped on return, so memory holds what was asked for and no more;
-        ``mapped`` tensors are views that keep the file mapped and must not be written to.
+        A file is unmapped again after MAPPED_BYTES were copied, so memory holds what was asked for
+        and little more; ``mapped`` tensors are views that keep the file mapped and must not be written to.
         Raises BadTensor for a floating-point tensor that is not finite.
         """
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
+        pieces: list[tuple[str, list[str]]] = []
+        size = 0
+        for name in sorted(names, key=lambda name: self.tensors[name].file):
+            info = self.tensors[name]
+            size += info.nbytes
+            if not pieces or pieces[-1][0] != info.file or (size > MAPPED_BYTES and not mapped):
+                pieces.append((info.file, []))
+                size = info.nbytes
+            pieces[-1][1].append(name)
         out: dict[str, Tensor] = {}
-        for file, wanted in by_file.items():
+        for file, wanted in pieces:
             with _open(self.folder / file) as handle:
                 for name in wanted:
                     tensor = handle.get_tensor(name)

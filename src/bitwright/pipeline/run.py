@@ -156,10 +156,7 @@ def quantize_block(
     rewritten: set[str] = set()
     lent: dict[str, str] = {}
     weights = {
-        f"{layer_name(topology, module)}.weight": tensors[
-            f"{layer_name(topology, module)}.weight"
-        ].float()
-        for module in linears
+        key: tensors[key] for key in (f"{layer_name(topology, m)}.weight" for m in linears)
     }
     if hidden is not None:
         names = topology.block_tensors(index)
@@ -180,7 +177,7 @@ def quantize_block(
         for name in (layer_name(topology, module) for module in together):
             key = f"{name}.weight"
             if name in plan.quantized:
-                chosen[name] = weights[key]
+                chosen[name] = weights[key].float()
             elif key in rewritten:
                 solved.changed[key] = weights[key]
         if chosen:
@@ -193,13 +190,17 @@ def quantize_block(
                 notes = [note for note in (lent.get(together[0]), row.fallback) if note]
                 report.layers.append(replace(row, fallback="; ".join(notes)))
                 solved.codes[name] = q
+            del chosen, fold, stat
+            for module in together:
+                stats.pop(module, None)
             return_freed_memory()
     if hidden is not None:
         new = {p: solved.changed[t] for p, t in names.items() if t in solved.changed}
+        materialize(topology.model, new, dtype)
         for module in linears:
             if (name := layer_name(topology, module)) in solved.codes:
-                new[f"{module}.weight"] = dequantize(solved.codes[name])
-        materialize(topology.model, new, dtype)
+                value = dequantize(solved.codes[name])
+                materialize(topology.model, {f"{module}.weight": value}, dtype)
         block: nn.Module = topology.block(index)
         if (kv_cache := plan.scheme.kv_cache) is not None and kv_cache.mode == "static":
             with observing(block) as observer:
@@ -257,7 +258,8 @@ def _retarget(
             if name in plan.quantized:
                 key = f"{name}.weight"
                 with suppress(NotPositiveDefinite):  # the solver meets the same and reports it
-                    weights[key] = retarget(weights[key], hessian_II, drift_II, strength=strength)
+                    weight_OI = weights[key].float()
+                    weights[key] = retarget(weight_OI, hessian_II, drift_II, strength=strength)
 
 
 def _fold(
@@ -280,8 +282,8 @@ def _fold(
     keys = {**topology.block_tensors(index)}
     prefix = topology.block_names[index] + "."
     keys |= {p.removeprefix(prefix): t for p, t in keys.items()}
-    values = {t: tensors[t].float() for t in tensors} | weights
-    exponents = {}
+    values = {t: weights.get(t, tensors[t]).float() for t in tensors}
+    exponents, touched = {}, set[str]()
     reached = [group for group in shared if group.names[0] in stats]
     with every_expert(block):
         folds = find_folds(block, linears, reached, first, call)
@@ -298,10 +300,11 @@ def _fold(
         for name in fold.shared.names:
             stats[name] = scaled
             exponents[name] = chosen.alpha
+        touched.update(readers, (keys[parameter] for parameter in fold.producer))
         for parameter in fold.producer:
             if keys[parameter] not in weights:
                 solved.changed[keys[parameter]] = values[keys[parameter]]
-    weights.update({t: values[t] for t in weights})
+    weights.update({t: values[t] for t in weights if t in touched})
     return exponents
 
 
