@@ -14,11 +14,12 @@ from bitwright.methods.compose import Method, parse_method
 from bitwright.methods.ranges import RANGES
 from bitwright.numerics.grids import FloatGrid, IntGrid
 from bitwright.numerics.groups import dividing_sizes
+from bitwright.pipeline.budget import parse_size, peak_bytes, require_memory
 from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.experts import Experts, routers
 from bitwright.pipeline.online import transform_config
 from bitwright.pipeline.run import predicted_bytes
-from bitwright.pipeline.topology import Topology, compute_dtype, discover, layer_name
+from bitwright.pipeline.topology import Topology, discover, layer_name
 from bitwright.runtime.gguf_export import check_exportable
 from bitwright.runtime.load import format_of
 from bitwright.runtime.source import resolve
@@ -39,7 +40,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run will need, from headers alone. Seconds are a rough estimate for this CPU."""
+    """What a run will need, from headers alone: memory and disk at most, seconds roughly (CPU)."""
 
     memory_bytes: int
     disk_bytes: int
@@ -81,6 +82,7 @@ def prepare(
     order: str = "activation",
     smoothing: float | None = None,
     true_inputs: float = 0.0,
+    memory: str | None = None,
     trust_remote_code: bool = False,
 ) -> Prepared:
     """Check a request against the model's headers; nothing is computed yet.
@@ -88,7 +90,8 @@ def prepare(
     ``search``: how scales are chosen, "mse", "absmax" or "auto", see `_search`.
     ``effort``: how long methods that tune may take, see EFFORTS. ``damp`` and ``order`` are
     GPTQ's; ``smoothing`` is SmoothQuant's strength, searched if None; ``true_inputs``: see
-    methods.gptaq. ``activations`` (dynamic,
+    methods.gptaq; ``memory``: refuse a run that may need more, such as "8GiB".
+    ``activations`` (dynamic,
     static), ``granularity`` (tensor, channel, block) and ``kv_cache`` (none, fp8, int8, int4)
     change what the scheme's name says; ``input_range``: see methods.ranges; ``runtime``: refuse
     what it cannot load, see schemes/runtimes.toml. Raises BadRequest, BadShape, UnknownName,
@@ -170,7 +173,10 @@ def prepare(
         options=options,
         notes=tuple(notes),
     )
-    return Prepared(source, topology, plan, fmt, predict(source, topology, plan))
+    prediction = predict(source, topology, plan)
+    if memory is not None:
+        require_memory(prediction.memory_bytes, parse_size(memory))
+    return Prepared(source, topology, plan, fmt, prediction)
 
 
 def _search(weight: Spec, *, calibrated: bool) -> str:
@@ -290,20 +296,11 @@ def _outside(topology: Topology) -> list[Layer]:
 
 
 def predict(source: Checkpoint, topology: Topology, plan: Plan) -> Prediction:
-    """What a plan will need: imports and tables, plus the embedding or one block."""
-    base = 450_000_000
-    block = max(
-        sum(source.tensors[t].nbytes for t in topology.block_tensors(i).values())
-        for i in range(len(topology.block_names))
-    )
-    embedding = max(info.nbytes for info in source.tensors.values())
-    work = block * 3
+    """What a plan will need."""
     seconds = 3.0 + source.nbytes / 40e6
     if plan.calibration is not None:
         tokens = plan.calibration.samples * plan.calibration.sequence_length
-        widest = max(layer.shape[1] for layer in plan.quantized.values())
         weights = sum(layer.shape[0] * layer.shape[1] for layer in plan.quantized.values())
-        work += tokens * widest * compute_dtype(source).itemsize // 8 + 4 * widest * widest * 3
         seconds += tokens * weights * 2 * 3 / 3e11
     disk = predicted_bytes(source, topology, plan)
-    return Prediction(base + max(embedding, work), disk, seconds)
+    return Prediction(peak_bytes(source, topology, plan), disk, seconds)

@@ -87,6 +87,9 @@ def quantize(
         str | None, typer.Option(help="Bit widths to mix, such as 3,4,8; 16 leaves alone.")
     ] = None,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
+    memory: Annotated[
+        str | None, typer.Option(help="Refuse beforehand what may need more, such as 8GiB.")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
@@ -130,6 +133,7 @@ def quantize(
         order=order,
         smoothing=smoothing,
         true_inputs=true_inputs,
+        memory=memory,
         trust_remote_code=trust_remote_code,
     )
     if target_bits is not None or max_kl is not None:

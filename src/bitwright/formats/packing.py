@@ -14,12 +14,17 @@ from torch import Tensor
 
 from bitwright.errors import BadShape
 
+PACKED_AT_ONCE = 1 << 22
+
 
 def pack(codes: Tensor, bits: int, dim: int = 1) -> Tensor:
     """uint8 codes (A, B) -> int32 words along ``dim``, ceil(side * bits / 32) of them."""
     if dim == 0:
         return pack(codes.T, bits).T.contiguous()
     rows, cols = codes.shape
+    if codes.numel() > PACKED_AT_ONCE and rows > 1:  # words on the way take eight times the codes
+        few = max(1, PACKED_AT_ONCE // cols)
+        return torch.cat([pack(codes[i : i + few], bits) for i in range(0, rows, few)])
     padded = -(-cols // 32) * 32
     full = torch.nn.functional.pad(codes, (0, padded - cols)).to(torch.int64)
     chunk = full.reshape(rows, padded // 32, 32)

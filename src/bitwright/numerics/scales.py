@@ -18,6 +18,7 @@ Search = Literal["absmax", "mse"]
 
 CANDIDATES = 64
 SMALLEST_RATIO = 0.45
+GROUPS_AT_ONCE = 1 << 16
 
 
 Storage = torch.dtype | Grid
@@ -90,6 +91,18 @@ def choose_scale(
         return scale, zero_point(low, scale, grid)
     if importance_RC is None:
         importance_RC = torch.ones_like(x_NC[:1])
+    rows = len(importance_RC)
+    at_once = -(-GROUPS_AT_ONCE // rows) * rows
+    if len(x_NC) > at_once:  # groups are independent, and candidates take more than the values
+        parts = [
+            choose_scale(
+                x, grid, dtype=dtype, symmetric=symmetric, search=search,
+                importance_RC=importance_RC,
+            )
+            for x in (x_NC[i : i + at_once] for i in range(0, len(x_NC), at_once))
+        ]  # fmt: skip
+        zeros = [zero for _, zero in parts if zero is not None]
+        return torch.cat([scale for scale, _ in parts]), torch.cat(zeros) if zeros else None
     scale_NK, zero_NK = _candidates(x_NC, grid, dtype, symmetric)
     scale, zero = _least_error(x_NC, importance_RC, scale_NK, zero_NK, grid)
     refit = _refit(x_NC, importance_RC, scale, zero, grid, dtype)

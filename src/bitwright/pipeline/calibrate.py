@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,9 @@ class HiddenStates:
             if not keep:
                 _reserve(path, size)
             elif not path.is_file() or path.stat().st_size != size:
-                raise BadRequest(f"--resume: {path} is gone or damaged: start over without --resume")
+                raise BadRequest(
+                    f"--resume: {path} is gone or damaged: start over without --resume"
+                )
 
 
 def _named(file: Path, parity: int) -> Path:
@@ -126,7 +129,8 @@ def _named(file: Path, parity: int) -> Path:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor, to be read from or written to."""
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def _reserve(file: Path, size: int) -> None:

@@ -69,7 +69,8 @@ class Checkpoint:
         """The named tensors, copied out of the mapped files.
 
         A file is unmapped again after MAPPED_BYTES were copied, so memory holds what was asked for
-        and little more; ``mapped`` tensors are views that keep the file mapped and must not be written to.
+        and little more; ``mapped`` tensors are views that keep the file mapped and must not be
+        written to.
         Raises BadTensor for a floating-point tensor that is not finite.
         """
         pieces: list[tuple[str, list[str]]] = []

@@ -155,9 +155,7 @@ def quantize_block(
     exponents: dict[str, float] = {}
     rewritten: set[str] = set()
     lent: dict[str, str] = {}
-    weights = {
-        key: tensors[key] for key in (f"{layer_name(topology, m)}.weight" for m in linears)
-    }
+    weights = {key: tensors[key] for key in (f"{layer_name(topology, m)}.weight" for m in linears)}
     if hidden is not None:
         names = topology.block_tensors(index)
         dtype = compute_dtype(source)
