@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bitwright.kernels import triton_w8a8
+from bitwright.kernels.tiles import tile_for
 from bitwright.kernels.triton_w4a16 import TILES, _product
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -38,7 +39,7 @@ def build(
     target: int, rows: int, slices: int, zero: bool, half: bool, fp4: bool = False
 ) -> dict[str, Any]:
     """One variant of the product."""
-    tile = next(tile for limit, tile in TILES if rows <= limit)
+    tile = tile_for(rows, TILES)
     kind = "fp16" if half else "bf16"
     signature = {
         "x_ptr": f"*{kind}", "words_ptr": "*i32", "scale_ptr": f"*{kind}", "zero_ptr": "*i32",
@@ -70,7 +71,7 @@ def build(
 
 def build_w8a8(target: int, rows: int, integer: bool, per_block: bool) -> dict[str, Any]:
     """One variant of the 8-bit product, for 4096 columns."""
-    tile = next(tile for limit, tile in triton_w8a8.TILES if rows <= limit)
+    tile = tile_for(rows, triton_w8a8.TILES)
     code = "i8" if integer else "fp8e4nv"
     signature = {
         "x_ptr": f"*{code}", "w_ptr": f"*{code}", "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32",

@@ -12,6 +12,7 @@ from torch import Tensor
 from bitwright.numerics.grids import IntGrid
 from bitwright.numerics.groups import PER_CHANNEL, PER_TENSOR, PER_TOKEN
 from bitwright.numerics.rounding import decode
+from bitwright.numerics.scales import store_scale
 from bitwright.schemes.inputs import covered
 from bitwright.schemes.quantized import QuantizedLinear
 from bitwright.schemes.scheme import Spec
@@ -64,9 +65,7 @@ def round_to_int8(x_MI: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Ten
     x = x_MI.float()
     if input_scale is None:
         amax_M1 = x.abs().amax(-1, keepdim=True)
-        scale = amax_M1 / covered(_INPUT)
-        usable = torch.isfinite(scale) & (scale > torch.finfo(torch.float32).tiny)
-        scale = torch.where(usable, scale, torch.ones_like(scale))
+        scale = store_scale(amax_M1 / covered(_INPUT), torch.float32)
     else:
         scale = input_scale
     return (x / scale).round_().clamp_(-128, 127).to(torch.int8), scale

@@ -12,26 +12,15 @@ Imported only where Triton is (`pip install 'bitwright[triton]'`); with TRITON_I
 code runs on CPU tensors.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bitwright.kernels.layouts import BLOCK, GpuWeight
+from bitwright.kernels.tiles import Tile, tile_for
 
 EXPANDED_FROM = 256  # rows; beyond, the weight is dequantized once and multiplied as 16 bits
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one program computes, and how it is compiled."""
-
-    rows: int
-    channels: int
-    warps: int
-    stages: int
 
 
 # By the number of rows: the first entry whose limit holds. Not measured yet.
@@ -52,7 +41,7 @@ def w4a16(x_MI: Tensor, w: GpuWeight) -> Tensor:
         bias = None if w.bias_O is None else w.bias_O.to(x_MI.dtype)
         return torch.nn.functional.linear(x_MI, expanded(w, x_MI.dtype), bias)
     rows, channels = len(x_MI), w.shape[0]
-    tile = next(tile for limit, tile in TILES if rows <= limit)
+    tile = tile_for(rows, TILES)
     grid = (triton.cdiv(channels, tile.channels), triton.cdiv(rows, tile.rows))
     blocks = len(w.words_BOS)
     split = split_of(grid[0] * grid[1], blocks, _multiprocessors(x_MI.device))

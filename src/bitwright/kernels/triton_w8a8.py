@@ -17,18 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitwright.kernels.tiles import Tile, tile_for
+
 BLOCK = 128
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one program computes, and how it is compiled."""
-
-    rows: int
-    channels: int
-    warps: int
-    stages: int
 
 
 # By the number of rows: the first entry whose limit holds. Not measured yet.
@@ -60,11 +52,12 @@ def quantize_tokens(x_MI: Tensor, dtype: torch.dtype, *, blocks: bool) -> tuple[
     x_MI = x_MI.contiguous()
     rows, cols = x_MI.shape
     codes = torch.empty(rows, cols, dtype=dtype, device=x_MI.device)
-    parts = -(-cols // BLOCK) if blocks else 1
-    scale = torch.empty(rows, parts, dtype=torch.float32, device=x_MI.device)
     width = BLOCK if blocks else 1024
+    parts = triton.cdiv(cols, width)
+    scales = (rows, parts if blocks else 1)
+    scale = torch.empty(scales, dtype=torch.float32, device=x_MI.device)
     _quantize[(rows,)](
-        x_MI, codes, scale, cols, LARGEST[dtype], WIDTH=width, BLOCKS=triton.cdiv(cols, width),
+        x_MI, codes, scale, cols, LARGEST[dtype], WIDTH=width, BLOCKS=parts,
         PER_BLOCK=blocks, INTEGER=dtype == torch.int8,
     )  # fmt: skip
     return codes, scale
@@ -79,7 +72,7 @@ def w8a8(x_MI: Tensor, w: EightBitWeight) -> Tensor:
 def product(codes_MI: Tensor, scale: Tensor, w: EightBitWeight, dtype: torch.dtype) -> Tensor:
     """codes * scale times the weight, plus bias, (M, O) in ``dtype``."""
     (rows, cols), channels = codes_MI.shape, len(w.codes_OI)
-    tile = next(tile for limit, tile in TILES if rows <= limit)
+    tile = tile_for(rows, TILES)
     out = torch.empty(rows, channels, dtype=dtype, device=codes_MI.device)
     _product[(triton.cdiv(rows, tile.rows), triton.cdiv(channels, tile.channels))](
         codes_MI, w.codes_OI, scale, w.scale, w.bias_O, out, rows, channels, cols,

@@ -96,10 +96,10 @@ def choose_scale(
     if len(x_NC) > at_once:  # groups are independent, and candidates take more than the values
         parts = [
             choose_scale(
-                x, grid, dtype=dtype, symmetric=symmetric, search=search,
-                importance_RC=importance_RC,
+                x_NC[start : start + at_once], grid, dtype=dtype, symmetric=symmetric,
+                search=search, importance_RC=importance_RC,
             )
-            for x in (x_NC[i : i + at_once] for i in range(0, len(x_NC), at_once))
+            for start in range(0, len(x_NC), at_once)
         ]  # fmt: skip
         zeros = [zero for _, zero in parts if zero is not None]
         return torch.cat([scale for scale, _ in parts]), torch.cat(zeros) if zeros else None

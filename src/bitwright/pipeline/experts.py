@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from bitwright.errors import UnsupportedModel
 from bitwright.schemes.stats import InputStats, merge
 
-FEW = (
-    4  # an expert that saw fewer tokens than a FEW-th of its input's width gets others' statistics
-)
+# An expert that saw fewer tokens than a FEW-th of its input's width gets others' statistics.
+FEW = 4
 _PLAIN = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
 
 

@@ -50,8 +50,8 @@ def solve_layers(
     if scheme.weight.group[0] > 1 and len(weights) > 1:
         alone = [solve_layers({n: w}, stats, plan, fold=fold) for n, w in weights.items()]
         return [line for lines in alone for line in lines]
-    alone_OI = next(iter(weights.values()))
-    stacked_OI = torch.cat(list(weights.values())) if len(weights) > 1 else alone_OI
+    parts_OI = list(weights.values())
+    stacked_OI = torch.cat(parts_OI) if len(parts_OI) > 1 else parts_OI[0]
     stacked, fallback = _solve(stacked_OI, stats, scheme.weight, plan.method, plan.options)
     out = []
     start = 0
