@@ -142,7 +142,9 @@ def evaluate(
 def load(model: str | Path, *, packed: bool = False) -> tuple[Any, Any]:
     """(transformers model, tokenizer) of a folder, hub id or GGUF file, quantized or not.
 
-    With ``packed``, 4-bit weights stay 4-bit in memory where this machine has a kernel for them.
+    With ``packed``, quantized Linears keep their codes and scales in memory instead of 16-bit
+    weights (docs/runtime.md): 4-bit weights and INT8 W8A8 have kernels and are faster for it,
+    others are slower.
     """
     checkpoint = resolve(model)
     return load_model(checkpoint, packed=packed), load_tokenizer(checkpoint)
@@ -150,8 +152,10 @@ def load(model: str | Path, *, packed: bool = False) -> tuple[Any, Any]:
 
 def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str:
     """The model's greedy answer to one prompt, through its chat template if it has one."""
-    network, tokenizer = load(model, packed=True)
-    new_cache = cache_factory(resolve(model), network)
+    checkpoint = resolve(model)
+    network = load_model(checkpoint, packed=True, panels=False)
+    tokenizer = load_tokenizer(checkpoint)
+    new_cache = cache_factory(checkpoint, network)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

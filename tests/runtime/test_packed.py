@@ -1,19 +1,33 @@
-"""Packed Linears: the dequantized model's logits, a quarter of its memory, torch.compile."""
+"""Packed Linears: the dequantized model's logits in the memory of their codes, torch.compile."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from support.models import make_model
+from torch.nn.functional import linear
 
 from bitwright.api import generate, load, quantize
+from bitwright.kernels import panels
 from bitwright.kernels.cpu_build import why_not_compiled
 from bitwright.kernels.dispatch import product, why_not
 from bitwright.methods.rtn import rtn
+from bitwright.numerics.grids import IntGrid
 from bitwright.runtime.linear import PackedLinear
-from bitwright.schemes.scheme import parse_scheme
+from bitwright.runtime.load import load_model
+from bitwright.runtime.source import resolve
+from bitwright.schemes.inputs import round_input
+from bitwright.schemes.quantized import dequantize
+from bitwright.schemes.scheme import Spec, parse_scheme
 
-pytestmark = pytest.mark.skipif(bool(why_not_compiled()), reason=why_not_compiled() or "compiled")
+compiled = pytest.mark.skipif(bool(why_not_compiled()), reason=why_not_compiled() or "compiled")
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With whole 128 x 128 blocks."""
+    return make_model(tmp_path_factory.mktemp("wide"), hidden_size=128, intermediate_size=256)
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -26,6 +40,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
     )
 
 
+@compiled
 @pytest.mark.parametrize("options", [{}, {"asymmetric": True}, {"format": "gptq"}])
 def test_packed_models_compute_the_same_in_less_memory(
     options: dict[str, object], llama: Path, tmp_path: Path
@@ -60,12 +75,69 @@ def test_int8_models_multiply_integers(
     assert weight_bytes(packed) < 0.6 * weight_bytes(plain.bfloat16())
 
 
-def test_other_widths_are_dequantized(llama: Path, tmp_path: Path) -> None:
-    quantize(llama, tmp_path / "out", scheme="W8A16", group_size=32)
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        ({"scheme": "W8A16", "group_size": 32}, 8.5),
+        ({"scheme": "W6A16", "group_size": 32}, 6.5),
+        ({"scheme": "W3A16", "group_size": 32, "asymmetric": True}, 4.75),  # in 4 bits if compiled
+        ({"scheme": "W2A16", "group_size": 32}, 4.5),
+        ({"scheme": "W4A8-INT8", "group_size": 32}, 4.5),
+        ({"scheme": "W4A8-FP8", "group_size": 32}, 4.5),
+        ({"scheme": "W4A4", "group_size": 32}, 4.5),
+        ({"scheme": "W8A8-FP8"}, 8.5),
+        ({"scheme": "W8A8-FP8", "granularity": "tensor", "activations": "static"}, 8.1),
+        ({"scheme": "W8A8-FP8", "granularity": "block"}, 8.1),
+        ({"scheme": "NVFP4"}, 5),
+        ({"scheme": "NVFP4A16"}, 5),
+        ({"scheme": "MXFP4"}, 4.5),
+        ({"scheme": "MXFP8"}, 8.25),
+    ],
+    ids=lambda value: value["scheme"] if isinstance(value, dict) else "",
+)
+def test_every_scheme_keeps_its_codes(
+    options: dict[str, object], bits: float, wide_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    quantize(wide_llama, tmp_path / "out", calibration=str(text), samples=4, sequence_length=32,
+             **options)  # fmt: skip
+    plain, _ = load(tmp_path / "out")
     packed, _ = load(tmp_path / "out", packed=True)
-    assert not any(isinstance(module, PackedLinear) for module in packed.modules())
+    linears = [m for n, m in packed.named_modules() if n.endswith("_proj")]
+    assert {type(m) for m in linears} == {PackedLinear}
+    for name, module in packed.named_modules():
+        if isinstance(module, PackedLinear):
+            x = torch.randn(2, 5, module.in_features)
+            with torch.no_grad():
+                wanted = plain.get_submodule(name)(x)
+            torch.testing.assert_close(module(x), wanted, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        packed(input_ids=torch.arange(20, 60).view(2, 20))
+    weights = sum(m.in_features * m.out_features for m in linears)
+    held = sum(tensor.nbytes for m in linears for tensor in m.buffers())
+    assert held <= weights * bits / 8 * 1.02 + 64 * len(linears)
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("cols", [64, 77])
+def test_panels_are_the_specification(
+    bits: int, cols: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(panels, "PANEL", 5 * cols)
+    for group in ((1, -1), (-1, -1), (4, 16)):
+        spec = Spec(IntGrid(bits), group)
+        q = replace(rtn(torch.randn(23, cols), None, spec), bias_O=torch.randn(23))
+        x = torch.randn(3, 2, cols)
+        wanted = linear(x, dequantize(q), q.bias_O)
+        torch.testing.assert_close(panels.by_panels(x, panels.pack_panels(q)), wanted)
+
+
+def test_generating_does_not_dequantize_in_every_step(llama: Path, tmp_path: Path) -> None:
+    quantize(llama, tmp_path / "out", scheme="W8A16", group_size=32)
+    model = load_model(resolve(tmp_path / "out"), packed=True, panels=False)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+@compiled
 @pytest.mark.filterwarnings("ignore")
 def test_the_operator_compiles_whole() -> None:
     q = rtn(torch.randn(96, 128), None, parse_scheme("W4A16").weight)
@@ -87,6 +159,12 @@ def test_other_devices_have_no_kernel_yet() -> None:
     assert "no kernel for cuda" in why_not(q, "cuda")
 
 
-def test_inputs_of_four_bits_are_not_left_unrounded() -> None:
-    q = rtn(torch.randn(8, 128), None, parse_scheme("W4A16").weight)
-    assert why_not(replace(q, input_spec=parse_scheme("W4A8").input)) != ""
+@pytest.mark.parametrize("scheme", ["W4A8-INT8", "W4A8-FP8", "W4A4", "MXFP4"])
+def test_rounded_inputs_of_packed_layers(scheme: str) -> None:
+    parsed = parse_scheme(scheme)
+    q = replace(rtn(torch.randn(8, 128), None, parsed.weight), input_spec=parsed.input)
+    x = torch.randn(3, 128)
+    assert parsed.input is not None
+    wanted = linear(round_input(x, parsed.input), dequantize(q))
+    torch.testing.assert_close(PackedLinear(q)(x), wanted)
+    assert not torch.allclose(wanted, linear(x, dequantize(q)), rtol=1e-4)

@@ -1,8 +1,11 @@
 """Packed products as torch operators, so that they work inside torch.compile.
 
-`pack` stores a layer for the kernel of a device and `product` runs it. Only CPUs have kernels
-here so far; importing needs neither a compiler nor a GPU.
+`pack` stores a layer for the kernel of a device, or for `panels` where there is none, and
+`product` runs it. Only CPUs have kernels here so far; importing needs neither a compiler nor a
+GPU.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,27 +15,47 @@ from bitwright.kernels.cpu_build import why_not_compiled
 from bitwright.kernels.cpu_w4a16 import w4a16
 from bitwright.kernels.cpu_w8a8 import Int8Weight, pack_int8, w8a8_int8, why_not_int8
 from bitwright.kernels.layouts import CpuWeight, pack_for_cpu, why_not_packed
+from bitwright.kernels.panels import PanelWeight, by_panels, pack_panels
 from bitwright.schemes.quantized import QuantizedLinear
+
+Packed = CpuWeight | Int8Weight | PanelWeight
 
 
 def why_not(q: QuantizedLinear, device: torch.device | str = "cpu") -> str:
     """Why no kernel takes this layer there; "" if one does."""
     if torch.device(device).type != "cpu":
         return f"there is no kernel for {device} yet"
-    if q.input_spec is not None:
-        return why_not_int8(q)
-    return why_not_packed(q) or why_not_compiled()
+    if not why_not_int8(q):
+        return ""
+    return why_not_packed(_weights_only(q)) or why_not_compiled()
 
 
-def pack(q: QuantizedLinear, device: torch.device | str = "cpu") -> CpuWeight | Int8Weight:
-    """A layer in its kernel's storage. Raises BadRequest if `why_not` has a reason."""
-    if reason := why_not(q, device):
-        raise BadRequest(f"this layer cannot be packed: {reason}")
-    return pack_for_cpu(q) if q.input_spec is None else pack_int8(q)
+def pack(q: QuantizedLinear, device: torch.device | str = "cpu") -> Packed:
+    """A layer in its kernel's storage, or as panels; raises BadRequest for another device.
+
+    `rounds_inputs` tells whether `product` rounds its input itself.
+    """
+    if torch.device(device).type != "cpu":
+        raise BadRequest(f"this layer cannot be packed: {why_not(q, device)}")
+    if not why_not_int8(q):
+        return pack_int8(q)
+    q = _weights_only(q)
+    return pack_panels(q) if why_not(q) else pack_for_cpu(q)
 
 
-def product(x: Tensor, w: CpuWeight | Int8Weight) -> Tensor:
+def rounds_inputs(w: Packed) -> bool:
+    """Whether `product` does what the layer's input spec says; else its caller has to."""
+    return isinstance(w, Int8Weight)
+
+
+def _weights_only(q: QuantizedLinear) -> QuantizedLinear:
+    return replace(q, input_spec=None, input_scale=None)
+
+
+def product(x: Tensor, w: Packed) -> Tensor:
     """x Wᵀ + bias for x of any leading shape, (..., I) -> (..., O) in ``x``'s dtype."""
+    if isinstance(w, PanelWeight):
+        return by_panels(x, w)
     if isinstance(w, Int8Weight):
         return torch.ops.bitwright.w8a8_cpu(  # type: ignore[no-any-return]
             x, w.codes_OI, w.scale_O, w.bias_O, w.input_scale

@@ -23,7 +23,7 @@ def decode(codes: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Ten
     if isinstance(grid, IntGrid):
         return codes.to(dtype).add_(grid.lowest)
     table = values(grid).to(device=codes.device, dtype=dtype)
-    return table[codes.long()]
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)  # faster than indexing
 
 
 def nearest(x: Tensor, grid: Grid) -> Tensor:

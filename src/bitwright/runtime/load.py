@@ -102,15 +102,18 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     packed: bool = False,
+    panels: bool = True,
     trust_remote_code: bool = False,
     observe: Observe = lambda parameter, name, q: None,
 ) -> Any:
     """The model with its weights dequantized to ``dtype`` (default: as computed), on the CPU.
 
     Inputs of Linears with low-bit activations are rounded as their scheme says. What it computes
-    is the specification that every runtime is compared with. With ``packed``, Linears that a
-    kernel of this machine takes keep their codes instead: less memory, faster, the same up to
-    rounding of sums. ``observe`` sees every quantized layer with its parameter's name.
+    is the specification that every runtime is compared with. With ``packed``, Linears keep their
+    codes and scales instead: less memory, the same up to rounding of sums; faster where this
+    machine has a kernel, slower for the others, which are dequantized in parts in every call,
+    or, without ``panels``, as if not ``packed``. ``observe`` sees every quantized layer with its
+    parameter's name.
     """
     fmt = format_of(checkpoint)
     quantized: set[str] = set()
@@ -124,7 +127,7 @@ def load_model(
         name = tensor.removesuffix(".weight")
         if fmt is not None and tensor.endswith(".weight") and name in quantized:
             q = read_layer(checkpoint, fmt, name)
-            if packed and not why_not(q):
+            if packed and (panels or not why_not(q)):
                 _put_packed(model, parameter.removesuffix(".weight"), q)
                 continue
             observe(parameter, name, q)
