@@ -40,7 +40,7 @@ def stopped(llama: Path, text: Path, out: Path, monkeypatch: pytest.MonkeyPatch)
     real, calls = run.quantize_block, list[int]()
 
     def interrupted(*arguments: Any) -> Any:
-        calls.append(arguments[2])
+        calls.append(arguments[1])
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*arguments)

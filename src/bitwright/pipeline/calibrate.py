@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,30 @@ from bitwright.schemes.stats import InputStats
 
 TOKENS_PER_BATCH = 2048
 SAMPLED_TOKENS = 512
+
+
+Batch = tuple[slice, Tensor, BlockCall]
+
+
+class States(Protocol):
+    """Hidden states that a block is replayed over, and where its outputs go."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the statistics are of, wherever the other ones are."""
+        ...
+
+    def batches(self, index: int) -> Iterator[Batch]:
+        """(where, hidden states, the call of block ``index``) for every batch."""
+        ...
+
+    def put(self, where: slice, hidden_BTD: Tensor) -> None:
+        """What a block puts out for one batch; it counts from the next `turn` on."""
+        ...
+
+    def turn(self) -> None:
+        """Make what was put current."""
+        ...
 
 
 class HiddenStates:
@@ -73,7 +97,7 @@ class HiddenStates:
         """How many tokens there are."""
         return self._shape[0] * self._shape[1]
 
-    def batches(self, index: int) -> Iterator[tuple[slice, Tensor, BlockCall]]:
+    def batches(self, index: int) -> Iterator[Batch]:
         """(where, hidden states, the call of block ``index``) for every batch."""
         for start in range(0, self._shape[0], self.batch):
             where = slice(start, min(start + self.batch, self._shape[0]))
@@ -166,7 +190,7 @@ def _equal(a: object, b: object) -> bool:
     return type(a) is type(b)
 
 
-def advance(block: nn.Module, hidden: HiddenStates, index: int) -> None:
+def advance(block: nn.Module, hidden: States, index: int) -> None:
     """Replace the stored hidden states by the block's outputs."""
     with torch.no_grad():
         for where, batch, call in hidden.batches(index):
@@ -178,7 +202,7 @@ def collect(
     block: nn.Module,
     linears: Mapping[str, nn.Linear],
     shared: Sequence[SharedInput],
-    hidden: HiddenStates,
+    hidden: States,
     index: int,
     on_output: Callable[[slice, Tensor], None] | None = None,
     *,
@@ -211,8 +235,8 @@ def collect_drift(
     block: nn.Module,
     linears: Mapping[str, nn.Linear],
     shared: Sequence[SharedInput],
-    hidden: HiddenStates,
-    true: HiddenStates,
+    hidden: States,
+    true: States,
     index: int,
 ) -> dict[SharedInput, Tensor]:
     """Mean over tokens of (x - x~) x~ᵀ per shared input, float32 (I, I).

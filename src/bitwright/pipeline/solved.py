@@ -1,13 +1,13 @@
 """One block's result: kept in memory, parked in a file, or encoded for a shard."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitwright.pipeline.checkpoint import disk
+from bitwright.pipeline.checkpoint import Checkpoint, disk
 from bitwright.schemes.plan import Plan
 from bitwright.schemes.protocols import Format
 from bitwright.schemes.quantized import CacheScales, QuantizedLinear
@@ -25,12 +25,14 @@ class SolvedBlock:
     cache: dict[str, CacheScales] = field(default_factory=dict)
 
 
-def encoded(solved: SolvedBlock, tensors: Mapping[str, Tensor], fmt: Format) -> dict[str, Tensor]:
-    """A block's tensors as the format stores them; ``tensors`` are the original ones."""
-    out = dict(tensors)
-    out |= {name: value.to(tensors[name].dtype) for name, value in solved.changed.items()}
+def encoded(
+    solved: SolvedBlock, source: Checkpoint, names: Iterable[str], fmt: Format
+) -> dict[str, Tensor]:
+    """A block's tensors as the format stores them; ``names`` are those of the original ones."""
+    replaced = solved.changed.keys() | {f"{name}.weight" for name in solved.codes}
+    out = source.read(name for name in names if name not in replaced)
+    out |= {name: value.to(source.tensors[name].dtype) for name, value in solved.changed.items()}
     for name, q in solved.codes.items():
-        del out[f"{name}.weight"]
         bias = out.pop(f"{name}.bias", None)
         out |= fmt.encode(name, replace(q, bias_O=bias))
     for attention, scales in solved.cache.items():
