@@ -1,13 +1,21 @@
-"""A virtual environment with playwright, and a Chromium: its own, or the one that is installed."""
+"""A virtual environment with playwright, and a Chromium: an installed one, or a copy of our own.
+
+The copy comes from Debian's packages, unpacked into the cache: nothing is installed on the
+machine and no privilege is needed. Where there is no apt-get, playwright fetches its own.
+"""
 
 import os
 import shutil
 from pathlib import Path
 
-from runtimes.environment import CannotInstallError, _call, _locked
+from runtimes.environment import CannotInstallError, call, environment, made_once
 
-PACKAGE = "playwright==1.65.2"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+PLAYWRIGHT = "playwright==1.65.2"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chromium-headless-shell")
+DEBIAN = ("chromium-headless-shell", "fonts-dejavu-core", "fontconfig-config")
+FONTS = """<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "urn:fontconfig:fonts.dtd">
+<fontconfig><dir>/usr/share/fonts</dir><dir>{fonts}</dir><cachedir>{cache}</cachedir></fontconfig>
+"""
 
 
 def browser() -> tuple[Path, str]:
@@ -15,29 +23,50 @@ def browser() -> tuple[Path, str]:
 
     Raises CannotInstallError if playwright cannot be installed or there is no browser.
     """
-    home = Path.home() / ".cache" / "bitwright" / "runtimes"
-    root = Path(os.environ.get("BITWRIGHT_RUNTIMES", home)).expanduser()
-    root.mkdir(parents=True, exist_ok=True)
-    folder = root / PACKAGE.replace("==", "-")
-    python = folder / "bin" / "python"
-    marker = folder / "complete"
-    with _locked(root / f"{folder.name}.lock"):
-        if not marker.is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            _call([shutil.which("python3") or "python3", "-m", "venv", str(folder)])
-            _call([str(python), "-m", "pip", "install", PACKAGE])
-            marker.write_text(PACKAGE, encoding="utf-8")
-        installed = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-        if installed is not None:
-            return python, installed
-        own = folder / "own-browser"
-        if not own.is_file():
-            try:
-                _call([str(python), "-m", "playwright", "install", "chromium-headless-shell"])
-            except CannotInstallError as error:
-                raise CannotInstallError(
-                    "no Chromium is installed (Debian: apt-get install chromium) and playwright "
-                    f"could not fetch its own\n{error}"
-                ) from error
-            own.write_text("yes", encoding="utf-8")
+    python = environment("playwright-1.65.2", (("install", PLAYWRIGHT),))
+    installed = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if installed is not None:
+        return python, installed
+    try:
+        folder = made_once("chromium-debian", " ".join(DEBIAN), _unpack_debian)
+        return python, str(folder / "chromium")
+    except CannotInstallError as debian:
+        try:
+            call([str(python), "-m", "playwright", "install", "chromium-headless-shell"])
+        except CannotInstallError as own:
+            raise CannotInstallError(
+                "no Chromium is installed, and neither Debian's packages nor playwright's own "
+                f"could be fetched\n{debian}\n{own}"
+            ) from own
     return python, ""
+
+
+def _unpack_debian(folder: Path) -> None:
+    """Chromium and the libraries it lacks here, with a script ``chromium`` that starts it."""
+    apt, lists, debs = folder / "apt", folder / "apt" / "lists", folder / "apt" / "archives"
+    for part in (lists, debs):
+        (part / "partial").mkdir(parents=True)
+    options = ["-qq", "-y", "--no-install-recommends"]
+    settings = {
+        "Debug::NoLocking": "1", "Dir::State::Lists": lists, "Dir::Cache": apt,
+        "APT::Sandbox::User": "root" if os.geteuid() == 0 else "",
+    }  # fmt: skip
+    for key, value in settings.items():
+        options += ["-o", f"{key}={value}"]
+    call(["apt-get", *options, "update"])
+    call(["apt-get", *options, "--download-only", "--reinstall", "install", *DEBIAN])
+    for package in debs.glob("*.deb"):
+        call(["dpkg-deb", "--extract", str(package), str(folder)])
+    shutil.rmtree(apt)
+    programs = list(folder.glob("usr/lib/chromium/chromium-headless-shell"))
+    if not programs:
+        raise CannotInstallError("Debian's package holds no headless Chromium")
+    libraries = ":".join(sorted({str(file.parent) for file in folder.rglob("*.so*")}))
+    fonts = folder / "fonts.conf"
+    fonts.write_text(FONTS.format(fonts=folder / "usr/share/fonts", cache=folder / "font-cache"))
+    script = folder / "chromium"
+    script.write_text(
+        f'#!/bin/sh\nexport FONTCONFIG_FILE="{fonts}" LD_LIBRARY_PATH="{libraries}"\n'
+        f'exec "{programs[0]}" "$@"\n'
+    )
+    script.chmod(0o755)

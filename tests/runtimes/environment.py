@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,43 +24,57 @@ INSTALL = {
     "xllamacpp-2026.10.11549": (("install", "xllamacpp==2026.10.11549"),),
 }
 MARKER = "complete"
-PIP_SECONDS = 1800
+CALL_SECONDS = 1800
 
 
 class CannotInstallError(Exception):
     """pip could not make the environment; the message holds what it said."""
 
 
-def runtime_python(name: str) -> Path:
-    """The interpreter of an environment of INSTALL, which is made first if it is not there yet.
-
-    Raises CannotInstallError.
-    """
+def runtimes_folder() -> Path:
+    """Where environments are kept: ``$BITWRIGHT_RUNTIMES`` or a folder of the user's cache."""
     home = Path.home() / ".cache" / "bitwright" / "runtimes"
     root = Path(os.environ.get("BITWRIGHT_RUNTIMES", home)).expanduser()
     root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def runtime_python(name: str) -> Path:
+    """The interpreter of an environment of INSTALL; see `environment`."""
+    return environment(name, INSTALL[name])
+
+
+def environment(name: str, steps: Sequence[Sequence[str]]) -> Path:
+    """The interpreter of an environment, which is made first, by pip, if it is not there yet.
+
+    Raises CannotInstallError.
+    """
+    recipe = "\n".join(" ".join(step) for step in steps)
+
+    def make(folder: Path) -> None:
+        call([sys.executable, "-m", "venv", str(folder)])
+        for step in steps:
+            call([str(folder / "bin" / "python"), "-m", "pip", *step])
+
+    return made_once(name, recipe, make) / "bin" / "python"
+
+
+def made_once(name: str, recipe: str, make: Callable[[Path], None]) -> Path:
+    """A folder that ``make`` fills, unless an earlier run did so by the same ``recipe``."""
+    root = runtimes_folder()
     folder = root / name
-    python = folder / "bin" / "python"
     with _locked(root / f"{name}.lock"):
-        if not _complete(folder, _recipe(name)):
+        marker = folder / MARKER
+        if not marker.is_file() or marker.read_text(encoding="utf-8") != recipe:
             shutil.rmtree(folder, ignore_errors=True)
-            _call([sys.executable, "-m", "venv", str(folder)])
-            for step in INSTALL[name]:
-                _call([str(python), "-m", "pip", *step])
-            (folder / MARKER).write_text(_recipe(name), encoding="utf-8")
-    return python
+            folder.mkdir()
+            make(folder)
+            marker.write_text(recipe, encoding="utf-8")
+    return folder
 
 
-def _recipe(name: str) -> str:
-    return "\n".join(" ".join(step) for step in INSTALL[name])
-
-
-def _complete(folder: Path, recipe: str) -> bool:
-    marker = folder / MARKER
-    return marker.is_file() and marker.read_text(encoding="utf-8") == recipe
-
-
-def _call(command: list[str]) -> None:
+def call(command: Sequence[str]) -> None:
+    """Run a command to its end. Raises CannotInstallError with what it said."""
     outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     try:
         done = subprocess.run(
@@ -69,7 +83,7 @@ def _call(command: list[str]) -> None:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=PIP_SECONDS,
+            timeout=CALL_SECONDS,
         )
     except (subprocess.TimeoutExpired, OSError) as error:
         raise CannotInstallError(f"{' '.join(command)}: {error}") from error

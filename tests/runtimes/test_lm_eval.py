@@ -10,7 +10,8 @@ import torch
 
 import bitwright
 from runtimes.conftest import NOTES
-from runtimes.eval_environment import CannotInstallError, eval_python
+from runtimes.environment import CannotInstallError
+from runtimes.eval_environment import eval_python
 
 pytestmark = pytest.mark.runtime
 
