@@ -9,29 +9,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from typing import Any
 
 import torch
 from common import Results, Table
 
 from bitwright.api import load
-
-
-def seconds(model: Any, prompt: torch.Tensor, tokens: int) -> float:
-    """Seconds to write ``tokens`` tokens."""
-    start = time.perf_counter()
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-    assert out.shape[1] == prompt.shape[1] + tokens
-    return time.perf_counter() - start
+from bitwright.evaluation.speed import seconds_to_write
 
 
 def main() -> None:
@@ -55,7 +38,7 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(args.rounds + 1):
         for name, model in models.items():
-            spent = seconds(model, prompt, args.tokens)
+            spent = seconds_to_write(model, prompt, args.tokens)
             if turn:
                 times[name].append(spent)
     results = Results(args.name, fresh=True)

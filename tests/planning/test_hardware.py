@@ -5,17 +5,18 @@ from pathlib import Path
 
 import pytest
 
+import bitwright
 from bitwright.errors import BadRequest, UnknownName
+from bitwright.planning.efficiency import kernels, measured_kernels
 from bitwright.planning.hardware import (
     GIB,
     device_names,
     find_device,
-    kernels,
     measured_cpu,
-    measured_kernels,
     overheads,
     quantizing,
 )
+from bitwright.planning.here import measured_here
 from bitwright.planning.memory import SCHEMES
 
 ASKED = (
@@ -64,15 +65,67 @@ def test_names() -> None:
 
 
 def test_all_schemes_have_kernels() -> None:
-    known = kernels()
-    for scheme in SCHEMES:
-        assert {scheme.kernel, scheme.fallback_kernel} <= known.keys()
-    for kernel in known.values():
-        assert 0 < kernel.bandwidth <= 1
-        assert 0 < kernel.compute <= 1
-        assert kernel.origin == "assumed"
+    for name in ASKED:
+        known = kernels(find_device(name))
+        for scheme in SCHEMES:
+            assert {scheme.kernel, scheme.fallback_kernel} <= known.keys()
+        for kernel in known.values():
+            assert 0 < kernel.bandwidth.value <= 1
+            assert 0 < kernel.compute.value <= 1
+            assert kernel.bandwidth.source
+            assert kernel.compute.source
     assert overheads().origin == "assumed"
     assert quantizing().origin == "measured"
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel", "bandwidth", "compute"),
+    [
+        ("A100-80GB", "16-bit", "published", "published"),
+        ("A100-80GB", "weight-only", "published", "published"),
+        ("A100-80GB", "8-bit", "assumed", "assumed"),
+        ("A100-80GB", "attention", "assumed", "published"),
+        ("H100-SXM", "8-bit", "published", "published"),
+        ("H100-SXM", "16-bit", "assumed", "assumed"),
+        ("L4", "weight-only", "published", "assumed"),
+        ("RTX3090", "gguf", "published", "assumed"),
+        ("B200", "4-bit-float", "assumed", "assumed"),
+        ("CPU", "16-bit", "measured", "measured"),
+        ("CPU", "weight-only", "measured", "measured"),
+        ("CPU", "8-bit", "measured", "measured"),
+        ("CPU", "attention", "measured", "measured"),
+        ("CPU", "gguf", "assumed", "assumed"),
+    ],
+)
+def test_every_share_names_its_origin(
+    device: str, kernel: str, bandwidth: str, compute: str
+) -> None:
+    found = kernels(find_device(device))[kernel]
+    assert found.origins == {"bandwidth": bandwidth, "compute": compute}
+    for share in (found.bandwidth, found.compute):
+        if share.origin == "published":
+            assert "http" in share.source or "H100" in share.source
+        if share.origin == "measured":
+            assert share.source.startswith("benchmarks/results/")
+
+
+def test_measured_shares_are_those_of_the_committed_results() -> None:
+    root = Path(bitwright.__file__).parents[2]
+    results = json.loads((root / "benchmarks/results/planner-shares.json").read_text())
+    for row in results["rows"]:
+        kernel = kernels(find_device("CPU"))[row["kernel"]]
+        assert (kernel.bandwidth.value, kernel.compute.value) == (row["bandwidth"], row["compute"])
+        assert results["date"] in kernel.bandwidth.source
+        assert kernel.launch_seconds == row.get("launch_seconds")
+
+
+def test_here_is_this_machine() -> None:
+    here = measured_here()
+    assert (here.name, here.tier, here.origin) == ("HERE", "cpu", "measured")
+    assert GIB < here.memory_bytes < 2**50
+    assert 1e8 < here.bandwidth < 1e13
+    assert here.rates["INT8"] >= here.rate_16_bit > 1e8
+    assert kernels(here) == kernels(find_device("CPU"))
 
 
 def test_a_measured_cpu() -> None:
@@ -89,27 +142,28 @@ def test_a_measured_cpu() -> None:
         measured_cpu(cpu, teraops=0)
 
 
-def test_measured_kernels_replace_assumed_ones(tmp_path: Path) -> None:
+def test_a_file_of_ones_own_replaces_shares(tmp_path: Path) -> None:
     file = tmp_path / "kernels.json"
     row = {"device": "H100", "kernel": "weight-only", "bandwidth": 0.9}
     file.write_text(json.dumps({"kernels": [row]}), encoding="utf-8")
-    found = measured_kernels(file, "H100-SXM")
-    assert found["weight-only"].bandwidth == 0.9
-    assert found["weight-only"].compute == kernels()["weight-only"].compute
-    assert (found["weight-only"].origin, found["weight-only"].source) == (
-        "measured", "kernels.json"
-    )  # fmt: skip
-    assert found["16-bit"] == kernels()["16-bit"]
-    assert measured_kernels(file, "L4") == kernels()
+    device = find_device("H100")
+    found, before = measured_kernels(file, device), kernels(device)
+    assert found["weight-only"].bandwidth.value == 0.9
+    assert found["weight-only"].bandwidth.source == "kernels.json"
+    assert found["weight-only"].origins == {"bandwidth": "measured", "compute": "published"}
+    assert found["weight-only"].compute == before["weight-only"].compute
+    assert found["16-bit"] == before["16-bit"]
+    other = find_device("L4")
+    assert measured_kernels(file, other) == kernels(other)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "{}", '{"kernels": [{"device": "H100", "kernel": "unheard"}]}',
+    ["{", "{}", "[]", '{"kernels": [1]}', '{"kernels": [{"device": "H100", "kernel": "unheard"}]}',
      '{"kernels": [{"device": "H100", "kernel": "16-bit", "compute": 1.5}]}'],
 )  # fmt: skip
 def test_bad_measurements(text: str, tmp_path: Path) -> None:
     file = tmp_path / "kernels.json"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(BadRequest):
-        measured_kernels(file, "H100-SXM")
+        measured_kernels(file, find_device("H100"))

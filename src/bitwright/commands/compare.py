@@ -70,7 +70,7 @@ def compare_schemes(
     group_size: int | str = "auto",
     effort: str = "balanced",
     seed: int = 0,
-    gpu: str = "CPU",
+    gpu: str = "HERE",
     overwrite: bool = False,
     command: str = "",
     progress: Progress = lambda done, total, note: None,
@@ -117,7 +117,7 @@ def compare(
     group_size: Annotated[str, typer.Option(help="auto, a number, or -1 per channel.")] = "auto",
     effort: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    gpu: Annotated[str, typer.Option(help="Device of the predicted speed.")] = "CPU",
+    gpu: Annotated[str, typer.Option(help="Device of the predicted speed.")] = "HERE",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start afresh.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -158,11 +158,15 @@ def compare(
 def _show(found: dict[str, Any]) -> None:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("scheme", no_wrap=True)
-    heads = ("bits", "MB", "ppl", "change", "KL", "median", "99 %", "same", "s", "tok/s *")
+    heads = ("bits", "MB", "ppl", "change", "KL", "median", "99 %", "same", "s", "tok/s *", "here")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     original = found["reference"]
-    table.add_row("16 bits", "16", f"{original['bytes'] / 1e6:.1f}", _n(original["perplexity"], 3))
+    speeds = [
+        _n(original.get(f"tokens_per_second_{kind}"), 0) for kind in ("predicted", "measured")
+    ]
+    size = f"{original['bytes'] / 1e6:.1f}"
+    table.add_row("16 bits", "16", size, _n(original["perplexity"], 3), *[""] * 6, *speeds)
     for row in found["rows"]:
         if row["status"] == "failed":
             continue
@@ -178,12 +182,17 @@ def _show(found: dict[str, Any]) -> None:
             _n(100 * row["top1_agreement"], 1) + "%",
             _n(row["seconds"], 0),
             _n(row["tokens_per_second_predicted"], 0),
+            _n(row["tokens_per_second_measured"], 0),
         )
     out = Console()
     if not out.is_terminal:
-        out = Console(width=110)
+        out = Console(width=118)
     out.print(table)
-    out.print(f"* predicted for one stream on {found['settings']['gpu']}")
+    gpu = found["settings"]["gpu"]
+    out.print(
+        f"* predicted for one stream on {gpu}. here: measured on this machine with bitwright's "
+        "kernels; - where none runs the codes as they are stored"
+    )
     for row in found["rows"]:
         if row["status"] == "failed":
             out.print(f"[red]failed[/] {row['name']}: {row['reason']}")

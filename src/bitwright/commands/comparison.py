@@ -16,12 +16,15 @@ from bitwright.commands.record import describe, read_json, versions, write_json
 from bitwright.errors import BadRequest, BitwrightError
 from bitwright.evaluation.remember import Remembered
 from bitwright.evaluation.report.page import Candidate, render, write
+from bitwright.evaluation.speed import tokens_per_second
 from bitwright.pipeline.checkpoint import open_checkpoint
 from bitwright.pipeline.memory import return_freed_memory
+from bitwright.pipeline.report import Report
 from bitwright.pipeline.run import quantize_checkpoint
 from bitwright.pipeline.texts import evaluation_windows, first_tokens
 from bitwright.planning.plan import predicted_tokens_per_second
-from bitwright.runtime.load import format_of, load_model
+from bitwright.request import Prepared
+from bitwright.runtime.load import format_of, load_model, runs_as_stored
 from bitwright.schemes.plan import Calibration
 
 
@@ -131,13 +134,31 @@ class Comparison:
             progress=progress,
         )
         self.reference["perplexity"] = candidate.row["reference_perplexity"]
+        self._describe_original()
         predicted = predicted_tokens_per_second(
             self.source.folder, [entry.scheme], self.settings["gpu"], self.windows.shape[1]
         )
         candidate.row["tokens_per_second_predicted"] = predicted[entry.scheme]
+        candidate.row["tokens_per_second_measured"] = self._measured_speed(target)
         saved = {"report": candidate.report, "run": run, "details": candidate.details}
         write_json(self._details_file(entry), saved)
         return candidate.row
+
+    def _measured_speed(self, checkpoint: Path) -> float | None:
+        """Tokens per second here, where kernels run the codes as they are stored."""
+        model = load_model(open_checkpoint(checkpoint), packed=True)
+        return tokens_per_second(model, self.windows[0]) if runs_as_stored(model) else None
+
+    def _describe_original(self) -> None:
+        """The original's speed, predicted and measured, unless an earlier run knows it."""
+        if "tokens_per_second_measured" in self.reference:
+            return
+        predicted = predicted_tokens_per_second(
+            self.source.folder, ["W16A16"], self.settings["gpu"], self.windows.shape[1]
+        )
+        self.reference["tokens_per_second_predicted"] = predicted["W16A16"]
+        measured = tokens_per_second(self.original, self.windows[0])
+        self.reference["tokens_per_second_measured"] = measured
 
     def _quantize(self, entry: Entry, target: Path, progress: Progress) -> dict[str, Any]:
         """Make the checkpoint, unless an interrupted comparison left it complete."""
@@ -156,22 +177,30 @@ class Comparison:
         made = read_json(target / "quantization_report.json")
         if made.get("fingerprint") == prepared.plan.fingerprint and (known := read_json(record)):
             return known
-        tokens = self.tokens if prepared.plan.calibration is not None else None
         began = time.perf_counter()
-        report = quantize_checkpoint(
-            prepared.source,
-            prepared.topology,
-            target,
-            prepared.plan,
-            prepared.fmt,
-            tokens_NT=tokens,
-            overwrite=True,
-            progress=progress,
-        )
-        report.seconds = time.perf_counter() - began
+        report = self._quantized(prepared, target, progress)
+        blocks = sum(block.seconds for block in report.blocks)  # also those before a stop
+        report.seconds = max(time.perf_counter() - began, blocks)
         run = describe(report, f"{entry.name}, as part of: {self.command}" if self.command else "")
         write_json(record, run)
         return run
+
+    def _quantized(self, prepared: Prepared, target: Path, progress: Progress) -> Report:
+        """Quantize, going on where a stopped comparison was; afresh if that was another run."""
+        tokens = self.tokens if prepared.plan.calibration is not None else None
+
+        def run(*, resume: bool) -> Report:
+            return quantize_checkpoint(
+                prepared.source, prepared.topology, target, prepared.plan, prepared.fmt,
+                tokens_NT=tokens, overwrite=True, resume=resume, progress=progress,
+            )  # fmt: skip
+
+        if target.with_name(f".{target.name}.work").is_dir():
+            try:
+                return run(resume=True)
+            except BadRequest:
+                return run(resume=False)
+        return run(resume=False)
 
     def _group_size(self, entry: Entry) -> int | str:
         """The size asked for; schemes that fix their own do without."""

@@ -14,7 +14,7 @@ from bitwright.commands.screen import Json
 def plan(
     model: Annotated[str, typer.Argument(help="Folder, config.json or hub id; no weights needed.")],
     gpu: Annotated[
-        str, typer.Option(help="Devices separated by commas: A100-80GB, H100, L4, CPU, ...")
+        str, typer.Option(help="Devices separated by commas: A100-80GB, H100, L4, CPU, ..., HERE.")
     ] = "A100-80GB",
     gpus: Annotated[int | None, typer.Option(help="How many there are; default: enough.")] = None,
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 8192,
@@ -29,7 +29,7 @@ def plan(
         float | None, typer.Option(help="Of this CPU, 16-bit, 1e12 per second.")
     ] = None,
     measured: Annotated[
-        str | None, typer.Option(help="JSON file of measured kernel efficiencies.")
+        str | None, typer.Option(help="JSON file of kernel efficiencies of your own.")
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -85,8 +85,9 @@ def _show(found: dict[str, Any], explain: bool) -> None:
         advice = found["recommendation"][name]
         out.print(f"[bold]{name}: {advice['scheme']}[/] - {advice['reason']}")
         used = sorted({one[name]["kernel"] for one in details["schemes"].values()})
-        origins = [f"{k} {details['kernels'][name][k]['origin']}" for k in used]
-        out.print(f"Numbers: device {device['origin']}; kernels: {', '.join(origins)}\n")
+        out.print(
+            f"Numbers: device {device['origin']}; {_origins(details['kernels'][name], used)}\n"
+        )
     for method in ("rtn", "gptq"):
         cost = details["quantize_here"][method]
         out.print(
@@ -119,6 +120,16 @@ def _table(found: dict[str, Any], name: str) -> Table:
             str(one["memory_bound_until_batch_weights_only"]),
         )
     return table
+
+
+def _origins(kernels: dict[str, Any], used: list[str]) -> str:
+    """Where the shares of the kernels used come from."""
+    said = []
+    for name in [*used, "attention"]:
+        read, compute = (kernels[name][kind]["origin"] for kind in ("bandwidth", "compute"))
+        both = read if read == compute else f"bandwidth {read}, compute {compute}"
+        said.append(f"{name} {both}")
+    return "; ".join(said)
 
 
 def _terms(found: dict[str, Any], name: str) -> Table:

@@ -1,18 +1,16 @@
-"""Devices and kernels, read from hardware.toml: each number with its origin."""
+"""Devices, read from hardware.toml: each number with its origin."""
 
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
 from bitwright.errors import BadRequest, UnknownName
 
 GIB = 2**30
-Origin = Literal["datasheet", "measured", "assumed"]
+Origin = Literal["datasheet", "measured", "published", "assumed"]
 
 
 @dataclass(frozen=True)
@@ -41,17 +39,6 @@ class Device:
     def rate_16_bit(self) -> float:
         """Operations per second of the faster 16-bit type."""
         return max(self.rates.get("BF16", 0.0), self.rates.get("FP16", 0.0))
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """The shares of peak bandwidth and peak compute that a kind of kernel reaches."""
-
-    name: str
-    bandwidth: float
-    compute: float
-    origin: Origin
-    source: str
 
 
 @dataclass(frozen=True)
@@ -84,7 +71,7 @@ def find_device(name: str) -> Device:
     wanted = name.strip().upper()
     exact = {key.upper(): key for key in known} | {a.upper(): d for a, d in aliases.items()}
     if wanted not in exact:
-        raise UnknownName(f"unknown device {name!r}; known: {', '.join(known)}")
+        raise UnknownName(f"unknown device {name!r}; known: {', '.join(known)}, HERE")
     key = exact[wanted]
     fact = known[key]
     return Device(
@@ -133,37 +120,6 @@ def measured_cpu(
         origin="measured" if complete else "assumed",
         source=f"given by the user: {told}" + ("" if complete else f"; the rest: {device.source}"),
     )
-
-
-def kernels() -> dict[str, Kernel]:
-    """Kinds of kernels by name, as in the data file."""
-    return {name: Kernel(name, **fact) for name, fact in _data()["kernels"].items()}
-
-
-def measured_kernels(file: Path, device: str) -> dict[str, Kernel]:
-    """`kernels` with those replaced that ``file`` has measured on ``device``.
-
-    The file holds {"kernels": [{"device", "kernel", "bandwidth", "compute"}]}, shares of the
-    peaks in hardware.toml, as a benchmark under benchmarks/results/ writes them. Raises
-    BadRequest for a file that does not.
-    """
-    found = kernels()
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))["kernels"]
-        for row in rows:
-            if find_device(row["device"]).name != device:
-                continue
-            old = found[row["kernel"]]
-            shares = {
-                key: float(row[key]) if row.get(key) is not None else vars(old)[key]
-                for key in ("bandwidth", "compute")
-            }
-            if not all(0 < share <= 1 for share in shares.values()):
-                raise BadRequest(f"{file}: a share of {device} is not between 0 and 1: {row}")
-            found[old.name] = Kernel(old.name, **shares, origin="measured", source=file.name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadRequest(f"{file} does not hold kernel measurements: {error}") from error
-    return found
 
 
 def overheads() -> Overheads:

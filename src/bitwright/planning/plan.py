@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.errors import BadRequest, UnknownName
+from bitwright.planning.efficiency import Kernel, kernels, measured_kernels
 from bitwright.planning.hardware import (
     Device,
-    Kernel,
     find_device,
-    kernels,
     measured_cpu,
-    measured_kernels,
     overheads,
     quantizing,
 )
+from bitwright.planning.here import measured_here
 from bitwright.planning.memory import (
     SCHEMES,
     CacheBits,
@@ -57,12 +56,13 @@ def plan(
 ) -> dict[str, Any]:
     """What each scheme needs and gives on each device, from config.json alone.
 
-    ``gpu``: names of hardware.toml, in a list or separated by commas. ``gpus``: how many there
-    are; None for as many as each scheme needs. ``kv_bits``: 16, 8 or 4. ``measured``: a file of
-    kernel measurements. Raises BadRequest, UnknownName, BadCheckpoint or UnsupportedModel.
+    ``gpu``: names of hardware.toml or HERE (this CPU, measured), in a list or separated by
+    commas. ``gpus``: how many there are; None for as many as each scheme needs. ``kv_bits``: 16, 8
+    or 4. ``measured``: a file of kernel measurements. Raises BadRequest, UnknownName,
+    BadCheckpoint or UnsupportedModel.
     """
     names = gpu.split(",") if isinstance(gpu, str) else list(gpu)
-    devices = {d.name: d for d in (find_device(name) for name in names)}
+    devices = {d.name: d for d in (_device(name) for name in names)}
     if "CPU" in devices:
         devices["CPU"] = measured_cpu(
             devices["CPU"],
@@ -78,9 +78,13 @@ def plan(
     facts = model_facts(model, trust_remote_code=trust_remote_code)
     rows = [_row(scheme, facts, bits) for scheme in SCHEMES]
     details: dict[str, Any] = {row["scheme"]: {} for row in rows}
+    shares = {
+        name: kernels(device) if measured is None else measured_kernels(Path(measured), device)
+        for name, device in devices.items()
+    }
     advice = {}
     for name, device in devices.items():
-        known = kernels() if measured is None else measured_kernels(Path(measured), name)
+        known = shares[name]
         options = {}
         for scheme, row in zip(SCHEMES, rows, strict=True):
             one = _on_device(scheme, facts, device, known, gpus, context, concurrency, bits)
@@ -110,13 +114,8 @@ def plan(
             "quantize_here": _quantize_here(facts),
             "devices": {name: asdict(device) for name, device in devices.items()},
             "kernels": {
-                name: {
-                    kernel: asdict(value)
-                    for kernel, value in (
-                        kernels() if measured is None else measured_kernels(Path(measured), name)
-                    ).items()
-                }
-                for name in devices
+                name: {kernel: asdict(value) for kernel, value in known.items()}
+                for name, known in shares.items()
             },
             "overheads": asdict(overheads()),
         },
@@ -130,13 +129,18 @@ def predicted_tokens_per_second(
 
     Raises UnknownName for a device or scheme that is not known.
     """
-    device, facts, costs = find_device(gpu), model_facts(model), overheads()
+    device, facts, costs = _device(gpu), model_facts(model), overheads()
     found: dict[str, float | None] = {}
     for name in schemes:
-        here = Setting(scheme_facts(name), facts, device, 1, 16, kernels(), costs)
+        here = Setting(scheme_facts(name), facts, device, 1, 16, kernels(device), costs)
         fits = sequences_that_fit(here, context) > 0
         found[name] = 1 / decode_step(here, 1, context).seconds if fits else None
     return found
+
+
+def _device(name: str) -> Device:
+    """A device of the data file, or HERE: this machine's CPU, measured now."""
+    return measured_here() if name.strip().upper() == "HERE" else find_device(name)
 
 
 def _row(scheme: SchemeFacts, facts: ModelFacts, bits: CacheBits) -> dict[str, Any]:
@@ -184,7 +188,7 @@ def _on_device(
         "native": is_native(scheme, device),
         "fallback": "" if is_native(scheme, device) else scheme.fallback,
         "kernel": here.kernel.name,
-        "kernel_origin": here.kernel.origin,
+        "kernel_origin": here.kernel.origins,
         "devices_needed": least,
         "devices_needed_at_concurrency": needed(scheme, concurrency),
         "devices": here.devices,

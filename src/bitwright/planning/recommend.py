@@ -94,9 +94,11 @@ def _for_quality(
             f"the least loss below 16 bits; {device.name} runs it {how}, on "
             f"{_count(float8.devices, device)}{instead}",
         )
-    best = max(fitting.values(), key=lambda o: o.weight_gb)
+    whole = [o for o in fitting.values() if o.native and not o.scheme.startswith("GGUF")]
+    best = max(whole or fitting.values(), key=lambda o: o.weight_gb)
     return Recommendation(
-        best.scheme, f"the most bits that fit on {_count(limit or best.devices, device)}"
+        best.scheme,
+        f"the most bits that fit on {_count(limit or best.devices, device)} and run as they are",
     )
 
 

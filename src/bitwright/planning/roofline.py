@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bitwright.planning.hardware import Device, Kernel, Overheads
+from bitwright.planning.efficiency import Kernel
+from bitwright.planning.hardware import Device, Overheads
 from bitwright.planning.memory import (
     CacheBits,
     SchemeFacts,
@@ -44,17 +45,17 @@ class Setting:
         """Reached by the multiplications, all devices together."""
         native = self.scheme.needs and is_native(self.scheme, self.device)
         peak = self.device.rates[self.scheme.needs] if native else self.device.rate_16_bit
-        return self.devices * peak * self.kernel.compute
+        return self.devices * peak * self.kernel.compute.value
 
     @property
     def weight_bandwidth(self) -> float:
         """Bytes per second reached when reading weights, all devices together."""
-        return self.devices * self.device.bandwidth * self.kernel.bandwidth
+        return self.devices * self.device.bandwidth * self.kernel.bandwidth.value
 
     @property
     def cache_bandwidth(self) -> float:
         """Bytes per second reached when reading keys and values, all devices together."""
-        return self.devices * self.device.bandwidth * self.kernels["attention"].bandwidth
+        return self.devices * self.device.bandwidth * self.kernels["attention"].bandwidth.value
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _pairs(tokens: int, window: int) -> float:
 
 
 def _attention_rate(setting: Setting) -> float:
-    share = setting.kernels["attention"].compute
+    share = setting.kernels["attention"].compute.value
     return setting.devices * setting.device.rate_16_bit * share
 
 
@@ -185,4 +186,7 @@ def _launches(setting: Setting) -> float:
     """Kernel launches; rounding inputs adds one for each of a block's four distinct inputs."""
     native_input = setting.scheme.needs and is_native(setting.scheme, setting.device)
     kernels = setting.overheads.kernels_per_block + (4 if native_input else 0)
-    return setting.model.layers * kernels * setting.overheads.launch_seconds
+    each = setting.kernel.launch_seconds
+    if each is None:
+        each = setting.overheads.launch_seconds
+    return setting.model.layers * kernels * each

@@ -41,6 +41,11 @@ class PackedLinear(nn.Module):
             x = round_input(x, self.input_spec, self.input_scale)
         return product(x, self._packed)
 
+    @property
+    def by_panels(self) -> bool:
+        """Whether there is no kernel: the weight is dequantized in parts in every call."""
+        return isinstance(self._packed, PanelWeight)
+
     def extra_repr(self) -> str:
         """For printing the model."""
         kind = type(self._packed).__name__

@@ -146,6 +146,11 @@ def load_model(
     return model
 
 
+def runs_as_stored(model: nn.Module) -> bool:
+    """Whether every quantized Linear of a model loaded ``packed`` has a kernel on this machine."""
+    return not any(m.by_panels for m in model.modules() if isinstance(m, PackedLinear))
+
+
 def _put_packed(model: nn.Module, name: str, q: QuantizedLinear) -> None:
     """In place of a Linear; its bias, which has no codes, comes with ``q``."""
     linear = model.get_submodule(name)
