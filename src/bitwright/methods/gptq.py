@@ -63,8 +63,8 @@ def gptq(
 
     ``weight_OI``: float32 or float64 (O, I), the dtype everything is computed in.
     ``damp``: fraction of the hessian's mean diagonal added to its diagonal.
-    ``lazy``: columns whose effect on later ones is applied together; the codes do not depend
-    on it (it is rounded up to whole groups).
+    ``lazy``: columns that take in the errors of all earlier ones together; the codes do not
+    depend on it (it is one group where scales are taken from updated weights).
     ``order``: "activation" visits columns by falling mean square of their input, with group
     scales fixed beforehand from the original weights; "natural" goes left to right and takes
     each group's scale from the weights as updated so far.
@@ -89,48 +89,40 @@ def gptq(
     if scale_RG is None:
         scale_RG, zero_RG = choose_scales(weight_OI, spec, search=search, importance_I=importance_I)
     upper_II = inverse_cholesky_upper(damped(hessian_II, damp)[columns[:, None], columns])
-    work_OI = weight_OI[:, columns]  # a copy
-    codes_OI = torch.empty(shape, dtype=torch.uint8)
-    batch = -(-lazy // width) * width if not fixed else lazy
-    step = batch if fixed else width
-    for start in range(0, shape[1], batch):
-        stop = min(start + batch, shape[1])
-        errors_OB = torch.empty(shape[0], stop - start, dtype=weight_OI.dtype)
-        for left in range(start, stop, step):
-            right = min(left + step, stop)
-            if not fixed:
-                _rescale(work_OI, scale_RG, zero_RG, importance_I, spec, search, left, right)
-            codes_OB, error_OB = _solve_batch(
-                work_OI[:, left:right],
-                upper_II[left:right, left:right],
-                _at(scale_RG, shape, spec, columns[left:right]),
-                None if zero_RG is None else _at(zero_RG, shape, spec, columns[left:right]),
-                spec,
-            )
-            codes_OI[:, columns[left:right]] = codes_OB
-            errors_OB[:, left - start : right - start] = error_OB
-            work_OI[:, right:stop] -= error_OB @ upper_II[left:right, right:stop]
-        work_OI[:, stop:] -= errors_OB @ upper_II[start:stop, stop:]
+    work_OI = weight_OI[:, columns]  # a copy; visited columns are replaced by their errors
+    codes_OI = torch.empty(shape, dtype=torch.uint8, device=weight_OI.device)
+    step = lazy if fixed else width
+    for left in range(0, shape[1], step):
+        batch = slice(left, left + step)
+        work_OI[:, batch] -= work_OI[:, :left] @ upper_II[:left, batch]
+        if not fixed:
+            _rescale(work_OI[:, batch], scale_RG, zero_RG, importance_I, spec, search, left // step)
+        codes_OB, work_OI[:, batch] = _solve_batch(
+            work_OI[:, batch],
+            upper_II[batch, batch],
+            _at(scale_RG, shape, spec, columns[batch]),
+            None if zero_RG is None else _at(zero_RG, shape, spec, columns[batch]),
+            spec,
+        )
+        codes_OI[:, columns[batch]] = codes_OB
     if bool(dead_I.any()):
         codes_OI[:, dead_I] = _zero_codes(scale_RG, zero_RG, shape, spec)[:, dead_I]
     return assemble(codes_OI, spec, scale_RG, zero_RG, global_scale)
 
 
 def _rescale(
-    work_OI: Tensor,
+    work_OC: Tensor,
     scale_RG: Tensor,
     zero_RG: Tensor | None,
     importance_I: Tensor,
     spec: Spec,
     search: Search,
-    left: int,
-    right: int,
+    group: int,
 ) -> None:
-    """Choose one group's scales anew, from the weights as they are now."""
-    scale, zero = choose_scales(
-        work_OI[:, left:right], spec, search=search, importance_I=importance_I[left:right]
-    )
-    group = left // (right - left)
+    """Choose one group's scales anew, from its weights as they are now."""
+    width = work_OC.shape[1]
+    importance_C = importance_I[group * width : (group + 1) * width]
+    scale, zero = choose_scales(work_OC, spec, search=search, importance_I=importance_C)
     scale_RG[:, group : group + 1] = scale
     if zero_RG is not None and zero is not None:
         zero_RG[:, group : group + 1] = zero

@@ -14,6 +14,8 @@ Float = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Codes = npt.NDArray[np.uint8]
 Index = npt.NDArray[np.int64]
 
+LANES = 16  # float32 numbers of an AVX-512 register
+
 
 @numba.njit(parallel=True, cache=True, fastmath={"contract", "reassoc", "nsz"})  # type: ignore[untyped-decorator]
 def best_candidate(
@@ -21,29 +23,35 @@ def best_candidate(
 ) -> Index:
     """For each group of values, the candidate (scale, zero) of least weighted squared error.
 
-    Row n of ``x`` uses row n % R of ``weight``. Ties keep the earlier candidate.
+    Row n of ``x`` uses row n % R of ``weight``. Ties keep the earlier candidate. Candidates lie
+    side by side in the innermost loop, so that it has no sum across lanes.
     """
     groups, width = x_NC.shape
     candidates = scale_NK.shape[1]
     repeat = weight_RC.shape[0]
+    kind = x_NC.dtype.type  # without it the bounds would turn the loop into float64
     best_N = np.zeros(groups, dtype=np.int64)
     for n in numba.prange(groups):
         x = x_NC[n]
         weight = weight_RC[n % repeat]
-        least = np.inf
+        scale = scale_NK[n]
+        inverse, low, high = np.empty_like(scale), np.empty_like(scale), np.empty_like(scale)
+        error = np.zeros_like(scale)
         for k in range(candidates):
-            scale = scale_NK[n, k]
-            zero = zero_NK[n, k]
-            inverse = x.dtype.type(1.0) / scale
-            error = x.dtype.type(0.0)
-            for c in range(width):
-                q = np.rint(x[c] * inverse) + zero
-                q = min(max(q, lowest), highest)
-                d = (q - zero) * scale - x[c]
-                error += weight[c] * d * d
-            if error < least:
-                least = error
-                best_N[n] = k
+            inverse[k] = kind(1.0) / scale[k]
+            low[k] = kind(lowest) - zero_NK[n, k]
+            high[k] = kind(highest) - zero_NK[n, k]
+        for c in range(width):
+            value, importance = x[c], weight[c]
+            for k in range(candidates):
+                q = min(max(np.rint(value * inverse[k]), low[k]), high[k])
+                d = q * scale[k] - value
+                error[k] += importance * d * d
+        best = 0
+        for k in range(1, candidates):
+            if error[k] < error[best]:
+                best = k
+        best_N[n] = best
     return best_N
 
 
@@ -61,29 +69,40 @@ def round_trip(
     return out_NC
 
 
-@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def solve_columns(
     w_OB: Float, u_BB: Float, scale_OB: Float, zero_OB: Float, lowest: float, highest: float
 ) -> tuple[Codes, Float]:
-    """GPTQ's sequential step inside one batch of columns; ``w`` is overwritten.
+    """GPTQ's sequential step inside one batch of columns; ``w`` is left as it is.
 
     Column i is rounded, its error divided by U[i, i], and every later column of the batch
-    loses error * U[i, j]. Returns (codes minus lowest, errors), both (O, B).
+    loses error * U[i, j]. Returns (codes minus lowest, errors), both (O, B). A tile of rows is
+    transposed, so that the innermost loops run over rows, which do not wait for each other.
     """
     rows, width = w_OB.shape
+    kind = w_OB.dtype.type  # without it the bounds would turn the loop into float64
+    low, high = kind(lowest), kind(highest)
     codes_OB = np.empty((rows, width), dtype=np.uint8)
     error_OB = np.empty_like(w_OB)
-    for o in numba.prange(rows):
-        w = w_OB[o]
+    for tile in numba.prange(-(-rows // LANES)):
+        first = tile * LANES
+        lanes = min(LANES, rows - first)
+        w = np.zeros((width, LANES), dtype=w_OB.dtype)
+        error = np.zeros(LANES, dtype=w_OB.dtype)
+        for o in range(lanes):
+            for i in range(width):
+                w[i, o] = w_OB[first + o, i]
         for i in range(width):
-            scale = scale_OB[o, i]
-            zero = zero_OB[o, i]
-            q = min(max(np.rint(w[i] / scale) + zero, lowest), highest)
-            codes_OB[o, i] = np.uint8(q - lowest)
-            error = (w[i] - (q - zero) * scale) / u_BB[i, i]
-            error_OB[o, i] = error
+            for o in range(lanes):
+                scale, zero = scale_OB[first + o, i], zero_OB[first + o, i]
+                q = min(max(np.rint(w[i, o] / scale) + zero, low), high)
+                codes_OB[first + o, i] = np.uint8(q - low)
+                error[o] = (w[i, o] - (q - zero) * scale) / u_BB[i, i]
+                error_OB[first + o, i] = error[o]
             for j in range(i + 1, width):
-                w[j] -= error * u_BB[i, j]
+                u = u_BB[i, j]
+                for o in range(LANES):
+                    w[j, o] -= error[o] * u
     return codes_OB, error_OB
 
 

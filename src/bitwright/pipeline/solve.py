@@ -26,7 +26,7 @@ from bitwright.schemes.scheme import Scheme, Spec
 from bitwright.schemes.stats import InputStats
 
 LARGEST_DAMP = 1.0
-JUDGED_ROWS = 512
+JUDGED_ROWS = 128
 
 
 def solve_layers(
