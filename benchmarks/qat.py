@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="what perplexity is measured on")
     parser.add_argument("--data", nargs="+", default=["self"], help="training texts, one by one")
     parser.add_argument("--rows", nargs="+", required=True, metavar="'SCHEME TRAIN INIT ...'")
+    parser.add_argument("--start", action=argparse.BooleanOptionalAction, default=True,
+                        help="evaluate what training starts from")  # fmt: skip
     parser.add_argument("--group-size", default="64")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--samples", type=int, default=320)
@@ -112,9 +114,10 @@ def main() -> None:
             text = Path(data).name
             key: Row = {"scheme": scheme, "init": init, "data": text, "evaluate": judged}
             start = results.find(key | {"train": "none"})
-            if start is None:
+            if start is None and args.start:
                 start = start_of(scheme, init, data, args)
                 results.add(key | {"train": "none"}, start)
+            start = start or {}
             command = bitwright(
                 "train", args.model, "OUT", "--scheme", scheme, "--train", learn, "--init", init,
                 "--data", data, "--steps", args.steps, "--samples", args.samples,

@@ -24,12 +24,14 @@ from bitwright.pipeline.texts import (
 )
 from bitwright.pipeline.written import self_written
 from bitwright.request import EFFORTS, Prediction, Prepared, prepare
-from bitwright.runtime.gguf_export import export_folder
+from bitwright.runtime.gguf_export import write_checkpoint
 from bitwright.runtime.kv_load import cache_factory
 from bitwright.runtime.load import format_of, load_model, read_layer, stored_config
 from bitwright.runtime.source import load_tokenizer, resolve
 from bitwright.schemes.plan import Calibration
 from bitwright.schemes.scheme import Scheme
+
+CPU = torch.device("cpu")
 
 __all__ = [
     "EFFORTS", "Prediction", "Prepared", "calibration_tokens", "evaluate", "execute", "generate",
@@ -75,22 +77,16 @@ def execute(
         return_freed_memory()
         if note:
             plan = replace(plan, notes=(*plan.notes, note))
-    is_gguf = prepared.fmt.name == "gguf"  # one file, made from a folder next to it
-    folder = target.parent / f".{target.name}.staged" if is_gguf else target
-    report = quantize_checkpoint(
-        prepared.source,
-        prepared.topology,
-        folder,
-        plan,
+    return write_checkpoint(
         prepared.fmt,
-        tokens_NT=tokens,
-        overwrite=overwrite or is_gguf,
-        resume=resume,
+        target,
+        lambda folder, replacing: quantize_checkpoint(
+            prepared.source, prepared.topology, folder, plan, prepared.fmt, tokens_NT=tokens,
+            overwrite=replacing, resume=resume, progress=progress,
+        ),
+        overwrite=overwrite,
         progress=progress,
-    )
-    if is_gguf:
-        report.bytes_after = export_folder(folder, target, overwrite=overwrite, progress=progress)
-    return report
+    )  # fmt: skip
 
 
 def calibration_tokens(
@@ -98,18 +94,20 @@ def calibration_tokens(
     calibration: Calibration,
     seed: int,
     *,
+    device: torch.device = CPU,
     progress: Progress = lambda done, total, note: None,
 ) -> tuple[torch.Tensor, str]:
     """Token windows (N, T) of a calibration source, and a note for the user (or "").
 
-    What the model writes itself is kept in the user's cache folder and written once.
+    What the model writes itself, on ``device``, is kept in the user's cache folder and written
+    once.
     """
     length = calibration.sequence_length
     if calibration.source == "self":
         facts = [source.folder.resolve(), source.nbytes, source.config, length, seed]
         key = hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()[:16]
         return self_written(
-            lambda: load_model(source),
+            lambda: load_model(source).to(device),
             calibration.samples,
             length,
             seed,

@@ -1,20 +1,18 @@
 """`bitwright.train`: quantize, train what was lost back, write an ordinary checkpoint."""
 
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bitwright.api import calibration_tokens
 from bitwright.errors import BadRequest, UnknownName
+from bitwright.methods.compose import parse_method
 from bitwright.pipeline.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -26,24 +24,21 @@ from bitwright.pipeline.report import LayerReport, Report
 from bitwright.pipeline.run import finish_checkpoint, quantize_checkpoint
 from bitwright.pipeline.topology import match_names
 from bitwright.request import Prepared, prepare
-from bitwright.runtime.gguf_export import export_folder
-from bitwright.runtime.kv_load import read_cache_scales
-from bitwright.runtime.load import dense_view, load_model
+from bitwright.runtime.gguf_export import write_checkpoint
+from bitwright.runtime.load import dense_view
 from bitwright.runtime.source import resolve
 from bitwright.schemes.plan import Calibration
 from bitwright.schemes.quantized import QuantizedLinear
-from bitwright.training.cache import RoundingCache
-from bitwright.training.distill import KeptTargets, Targets
-from bitwright.training.latent import Latent, MinMax, Plain, Scaled
-from bitwright.training.qat import (
-    Outcome,
-    Recipe,
-    Student,
-    recompute_activations,
-    restore_best,
-    split_samples,
-)
+from bitwright.training.processes import start_processes
+from bitwright.training.qat import Outcome, Recipe, restore_best, split_samples
 from bitwright.training.qat import train as run_training
+from bitwright.training.student import (
+    STEP_SIZES,
+    Learning,
+    make_student,
+    make_teacher,
+    stored_values,
+)
 
 TRAIN = ("scales", "all")
 INITS = ("rtn", "gptq", "awq+gptq", "best")
@@ -61,8 +56,6 @@ class _Setting:
 
     prepared: Prepared
     target: Path
-    learned: str
-    minmax: bool
     recipe: Recipe
     data: Calibration
     request: dict[str, Any]
@@ -92,6 +85,7 @@ def train(
     learn: str = "scales",
     step_sizes: str | None = None,
     gradient_checkpointing: bool = False,
+    device: str = "auto",
     check_every: int = 50,
     overwrite: bool = False,
     resume: bool = False,
@@ -104,32 +98,29 @@ def train(
     ``learn``: "scales" (codes stay; scales, zero points, norms and biases learn) or "all" (the
     quantized weights too; embeddings stay as they are).
     ``step_sizes`` of "all": "minmax" (scales cover the largest weights, chosen anew every step;
-    the default after rtn) or "learned" (the default after other inits). ``data``: "self",
-    a text file, "pydoc" or a hub dataset; the start is calibrated on the first
+    the default after rtn), "learned" (beside positions on the grid, the default after other
+    inits) or "lsq" (as Esser et al. 2020 have it); "minmax" and "lsq" start from the original
+    weights, not the start's codes. ``device``: "auto", "cpu" or "cuda". ``data``: "self", a text
+    file, "pydoc" or a hub dataset; the start is calibrated on the first
     ``calibration_samples`` windows of ``calibration``, or else of the same. ``teacher``: another
     model of the same vocabulary, default the original; with ``teacher_top`` > 0 so many of its
     probabilities per token are kept on disk and it leaves memory. ``lr``: of scales (of their
     logarithms), or with "all" of weights (in codes). Further keywords are those of `prepare`.
 
-    Under torchrun every process trains on its share of each step, the first one writes.
+    Under torchrun every process trains on its share of each step and keeps its part of weights,
+    latents and moments (FSDP2); the first one writes.
     Raises BadRequest, BadCheckpoint, NoSpace, training.qat.Diverged.
     """
     began = time.perf_counter()
     if learn not in TRAIN or init not in INITS:
         raise UnknownName(f"--train is one of {', '.join(TRAIN)}, --init one of {', '.join(INITS)}")
-    step_sizes = step_sizes or ("minmax" if init == "rtn" and learn == "all" else "learned")
-    if step_sizes not in ("minmax", "learned"):
-        raise UnknownName(f"unknown step sizes {step_sizes!r}; known: minmax, learned")
-    if step_sizes == "minmax" and learn == "scales":
-        raise BadRequest("--step-sizes minmax leaves no scale to learn: use --train all")
-    engine = _engine()
-    rank, processes = (engine.process_index, engine.num_processes) if engine else (0, 1)
-    meet = engine.wait_for_everyone if engine else lambda: None
+    learning = _learning(learn, init, step_sizes, gradient_checkpointing)
+    processes = start_processes(device)
     per_step = max(1, batch_tokens // sequence_length)
-    if per_step % processes:
+    if per_step % processes.count:
         raise BadRequest(
-            f"a step of {per_step} sequences cannot be shared by {processes} processes: "
-            f"give --batch-tokens a multiple of {processes * sequence_length}"
+            f"a step of {per_step} sequences cannot be shared by {processes.count} processes: "
+            f"give --batch-tokens a multiple of {processes.count * sequence_length}"
         )
     if learn == "all" and init == "rtn":
         request |= {"search": "absmax"}
@@ -157,49 +148,68 @@ def train(
         "recipe": asdict(recipe) | {"learning_rates": dict(recipe.learning_rates)},
         "data": [data, samples, sequence_length],
         "teacher": [str(teacher), teacher_top],
-        "train": [learn, step_sizes, processes],
+        "train": [learn, learning.step_sizes, processes.count],
     }
-    setting = _Setting(
-        prepared, target, learn, step_sizes == "minmax", recipe,
-        Calibration(data, samples, sequence_length), asked,
-    )  # fmt: skip
-    if rank == 0 and not resume:
-        shutil.rmtree(setting.folder, ignore_errors=True)
-    meet()
-    if rank == 0:
-        _start(setting, resume, progress)
-        calibration_tokens(prepared.source, setting.data, seed, progress=progress)
-    meet()
-    tokens, note = calibration_tokens(prepared.source, setting.data, seed, progress=progress)
+    setting = _Setting(prepared, target, recipe, Calibration(data, samples, sequence_length), asked)
+    with processes.first():
+        if processes.rank == 0:
+            if not resume:
+                shutil.rmtree(setting.folder, ignore_errors=True)
+            _start(setting, resume, progress)
+        tokens, note = calibration_tokens(
+            prepared.source, setting.data, seed, device=processes.device, progress=progress
+        )
     first = open_checkpoint(setting.folder / "start")
-    student, layers = _student(setting, first, recompute=gradient_checkpointing)
-    if engine:
-        average = partial(engine.reduce, reduction="mean")
-        student = replace(student, rank=rank, processes=processes, average=average)
-    targets = _teacher(setting, teacher, teacher_top, tokens, progress)
+    student, owners = make_student(
+        first, prepared.fmt, prepared.source, prepared.topology, learning,
+        prepared.plan.scheme.kv_cache, processes,
+    )  # fmt: skip
+    config: Any = prepared.topology.model.config
+    targets = make_teacher(
+        prepared.source if teacher is None else resolve(teacher), tokens,
+        min(teacher_top, config.get_text_config().vocab_size), setting.folder / "teacher.bin",
+        processes, progress,
+    )  # fmt: skip
     outcome = run_training(
         student, tokens, targets, recipe, setting.folder,
         request=asked, resume=resume, say=progress,
     )  # fmt: skip
-    meet()
     restore_best(student, setting.folder)
+    values = stored_values(student)
     report = Report(prepared.plan, bytes_before=prepared.source.nbytes)
     report.training = _summary(setting, outcome, len(tokens), note)
-    if rank == 0:
-        _write(setting, first, student, layers, report, overwrite, progress)
+    if processes.rank == 0:
+        names = match_names(student.model, dense_view(first, prepared.fmt, set(owners.values())))
+        codes = {owners[p]: q for p, q in values.items() if isinstance(q, QuantizedLinear)}
+        changed = {names[p]: v for p, v in values.items() if isinstance(v, Tensor)}
+        write_checkpoint(
+            prepared.fmt, target,
+            lambda folder, replacing: _write(
+                setting, first, codes, changed, report, folder, overwrite=replacing
+            ),
+            overwrite=overwrite, progress=progress,
+        )  # fmt: skip
         shutil.rmtree(setting.folder, ignore_errors=True)
-    meet()
+    processes.meet()
     report.seconds, report.peak_rss_bytes = time.perf_counter() - began, peak_rss_bytes()
     return report, outcome
 
 
-def _engine() -> Any:
-    """Accelerate's handle on the processes that torchrun started; None if there is only one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    from accelerate import Accelerator
-
-    return Accelerator(cpu=True)
+def _learning(learn: str, init: str, step_sizes: str | None, recompute: bool) -> Learning:
+    """What learns, checked."""
+    chosen = step_sizes or ("minmax" if init == "rtn" and learn == "all" else "learned")
+    if chosen not in STEP_SIZES:
+        raise UnknownName(f"unknown step sizes {chosen!r}; known: {', '.join(STEP_SIZES)}")
+    if learn == "scales" and chosen == "minmax":
+        raise BadRequest("--step-sizes minmax leaves no scale to learn: use --train all")
+    if learn == "scales" and chosen == "lsq":
+        raise BadRequest("--step-sizes lsq learns weights as well: use --train all")
+    if chosen != "learned" and parse_method(init).fold:
+        raise BadRequest(
+            f"--step-sizes {chosen} starts from the original weights, which --init {init} "
+            "rescales: use --init rtn or gptq, or --step-sizes learned"
+        )
+    return Learning(learn == "all", chosen, recompute)
 
 
 def _start(setting: _Setting, resume: bool, progress: Say) -> None:
@@ -224,76 +234,6 @@ def _start(setting: _Setting, resume: bool, progress: Say) -> None:
     )  # fmt: skip
 
 
-def _student(
-    setting: _Setting, first: Checkpoint, *, recompute: bool
-) -> tuple[Student, dict[str, str]]:
-    """The model to train and, by parameter name, the layers whose codes it holds."""
-    layers: dict[str, tuple[str, QuantizedLinear]] = {}
-    model = load_model(first, observe=lambda p, name, q: layers.update({p: (name, q)}))
-    fmt = setting.prepared.fmt
-    latents: dict[str, Latent] = {}
-    for parameter, (name, q) in layers.items():
-        if setting.minmax:
-            key = f"{name}.weight"
-            latents[parameter] = MinMax(setting.prepared.source.read([key])[key], q)
-        else:
-            latents[parameter] = Scaled(q, codes=setting.learned == "all")
-    names = match_names(model, dense_view(first, fmt, {name for name, _ in layers.values()}))
-    for parameter, value in model.named_parameters():  # embeddings stay: they are not quantized
-        if parameter not in latents and parameter in names and value.ndim == 1:
-            latents[parameter] = Plain(value, first.tensors[names[parameter]].dtype)
-    for parameter, value in model.named_parameters():
-        value.requires_grad_(parameter in latents)
-    spec = setting.prepared.plan.scheme.kv_cache
-    scales = {}
-    if spec is not None and spec.mode == "static":
-        scales = read_cache_scales(first, fmt, model)
-
-    def forward(tokens_BT: Tensor) -> Tensor:
-        extra: dict[str, Any] = {"use_cache": False}
-        if spec is not None:
-            extra = {
-                "use_cache": True,
-                "past_key_values": RoundingCache(model.config, spec, scales),
-            }
-        logits: Tensor = model(input_ids=tokens_BT, **extra).logits[0]
-        return logits
-
-    if recompute:
-        blocks = setting.prepared.topology.block_names
-        recompute_activations([model.get_submodule(name) for name in blocks])
-    owners = {parameter: name for parameter, (name, _) in layers.items()}
-    return Student(model, latents, forward), owners
-
-
-def _teacher(
-    setting: _Setting, teacher: str | Path | None, top: int, tokens_NT: Tensor, progress: Say
-) -> Callable[[int], Targets]:
-    """A function from a sample's number to the teacher's predictions for it."""
-    source = setting.prepared.source if teacher is None else resolve(teacher)
-    if top == 0:
-        model = load_model(source)
-
-        def live(sample: int) -> Targets:
-            with torch.no_grad():
-                logits: Tensor = model(input_ids=tokens_NT[sample][None], use_cache=False).logits[0]
-            return logits
-
-        return live
-    config: Any = setting.prepared.topology.model.config
-    top = min(top, config.get_text_config().vocab_size)
-    kept = KeptTargets(setting.folder / "teacher.bin", *tokens_NT.shape, k=top)
-    missing = [i for i in range(len(tokens_NT)) if i not in kept]
-    if missing:
-        model = load_model(source)
-        for done, sample in enumerate(missing):  # by every process alike: the file is one
-            progress(done, len(missing), "the teacher predicts")
-            with torch.no_grad():
-                logits = model(input_ids=tokens_NT[sample][None], use_cache=False).logits[0]
-            kept.put(sample, logits)
-    return lambda sample: kept[sample]
-
-
 def _summary(setting: _Setting, outcome: Outcome, samples: int, note: str) -> dict[str, Any]:
     judges, pupils = split_samples(samples, setting.recipe)
     return {
@@ -310,32 +250,22 @@ def _summary(setting: _Setting, outcome: Outcome, samples: int, note: str) -> di
 def _write(
     setting: _Setting,
     first: Checkpoint,
-    student: Student,
-    owners: dict[str, str],
+    codes: Mapping[str, QuantizedLinear],
+    changed: Mapping[str, Tensor],
     report: Report,
+    folder: Path,
+    *,
     overwrite: bool,
-    progress: Say,
-) -> None:
+) -> Report:
+    """The start with its ``codes``, by layer name, and ``changed`` tensors replaced."""
     prepared = setting.prepared
-    codes: dict[str, QuantizedLinear] = {}
-    changed: dict[str, Tensor] = {}
-    dense = dense_view(first, prepared.fmt, set(owners.values()))
-    names = match_names(student.model, dense) | {p: f"{n}.weight" for p, n in owners.items()}
-    for parameter, latent in student.latents.items():
-        if isinstance(latent, (MinMax, Scaled)):
-            codes[owners[parameter]] = latent.result()
-        else:
-            changed[names[parameter]] = latent.value()
 
     def kept(name: str) -> Tensor | None:
         if name in changed:
             return changed[name]
         return first.read([name])[name] if name in first.tensors else None
 
-    is_gguf = prepared.fmt.name == "gguf"
-    target = setting.target
-    folder = target.parent / f".{target.name}.staged" if is_gguf else target
-    writer = CheckpointWriter(folder, overwrite=overwrite or is_gguf)
+    writer = CheckpointWriter(folder, overwrite=overwrite)
     try:
         written: set[str] = set()
         for index in range(len(prepared.topology.block_names)):
@@ -368,5 +298,4 @@ def _write(
         writer.discard()
         raise
     report.bytes_after = folder_bytes(folder)
-    if is_gguf:
-        report.bytes_after = export_folder(folder, target, overwrite=overwrite, progress=progress)
+    return report

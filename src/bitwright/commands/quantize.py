@@ -2,47 +2,51 @@
 
 import json
 from dataclasses import asdict
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from bitwright.commands.screen import Json, Model, Quiet, screen
+from bitwright.commands.screen import (
+    Asymmetric,
+    Cache,
+    Device,
+    Format,
+    GroupSize,
+    Json,
+    Model,
+    Out,
+    Overwrite,
+    Quiet,
+    Resume,
+    Seed,
+    Where,
+    screen,
+)
 from bitwright.commands.screen import progress as _progress
 from bitwright.commands.verify import print_verdict, require_runtime, verdict_of
 from bitwright.errors import BadRequest
 
 
-class Device(StrEnum):
-    """Where to compute."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
 def quantize(
     model: Model,
-    out: Annotated[str, typer.Argument(help="Folder to write.")],
+    out: Out,
     scheme: Annotated[str, typer.Option(help="W4A16, W8A8-FP8, W8A8-INT8, NVFP4, ...")] = "W4A16",
     method: Annotated[str, typer.Option(help="How codes are chosen.")] = "rtn",
-    group_size: Annotated[str, typer.Option(help="auto, a number, or -1 per channel.")] = "auto",
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Use zero points.")] = False,
+    group_size: GroupSize = "auto",
+    asymmetric: Asymmetric = False,
     activations: Annotated[
         str | None, typer.Option(help="Scales of low-bit activations: dynamic or static.")
     ] = None,
     granularity: Annotated[
         str | None, typer.Option(help="Scales of 8-bit weights: tensor, channel or block.")
     ] = None,
-    kv_cache: Annotated[
-        str | None, typer.Option(help="Keys and values as none, fp8, int8 or int4.")
-    ] = None,
+    kv_cache: Cache = None,
     input_range: Annotated[
         str, typer.Option(help="Static scales cover: absmax, percentile, mse, moving-average.")
     ] = "absmax",
-    format: Annotated[str, typer.Option(help="On-disk format.")] = "compressed-tensors",
+    format: Format = "compressed-tensors",
     runtime: Annotated[
         str | None, typer.Option("--for", help="Refuse what this runtime cannot load.")
     ] = None,
@@ -76,7 +80,7 @@ def quantize(
     true_inputs: Annotated[
         float, typer.Option(help="Fit to the original model's inputs (GPTAQ): 0 is off, try 0.5.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Seed = 0,
     target_bits: Annotated[
         float | None, typer.Option(min=2, help="Mixed precision: mean bits per weight.")
     ] = None,
@@ -86,7 +90,7 @@ def quantize(
     choices: Annotated[
         str | None, typer.Option(help="Bit widths to mix, such as 3,4,8; 16 leaves alone.")
     ] = None,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
+    device: Where = Device.AUTO,
     memory: Annotated[
         str | None, typer.Option(help="Refuse beforehand what may need more, such as 8GiB.")
     ] = None,
@@ -94,10 +98,8 @@ def quantize(
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print, stop.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the same run was stopped, if it was.")
-    ] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

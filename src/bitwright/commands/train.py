@@ -6,13 +6,28 @@ from typing import Annotated
 
 import typer
 
-from bitwright.commands.screen import Json, Model, Quiet, screen
+from bitwright.commands.screen import (
+    Asymmetric,
+    Cache,
+    Device,
+    Format,
+    GroupSize,
+    Json,
+    Model,
+    Out,
+    Overwrite,
+    Quiet,
+    Resume,
+    Seed,
+    Where,
+    screen,
+)
 from bitwright.commands.screen import progress as _progress
 
 
 def train(
     model: Model,
-    out: Annotated[str, typer.Argument(help="Folder to write.")],
+    out: Out,
     scheme: Annotated[str, typer.Option(help="W4A16, W4A8KV4, W8A8-FP8, ...")] = "W4A16",
     learn: Annotated[
         str, typer.Option("--train", help="What learns: scales (codes stay) or all.")
@@ -22,7 +37,9 @@ def train(
     ] = "gptq",
     step_sizes: Annotated[
         str | None,
-        typer.Option(help="Scales under --train all: minmax (after rtn), learned (otherwise)."),
+        typer.Option(
+            help="Scales under --train all: minmax (after rtn), learned (otherwise), lsq."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 300,
     data: Annotated[
@@ -39,12 +56,10 @@ def train(
     teacher_top: Annotated[
         int, typer.Option(min=0, help="Keep so many teacher probabilities on disk; 0: live.")
     ] = 0,
-    group_size: Annotated[str, typer.Option(help="auto, a number, or -1 per channel.")] = "auto",
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Use zero points.")] = False,
-    kv_cache: Annotated[
-        str | None, typer.Option(help="Keys and values as none, fp8, int8 or int4.")
-    ] = None,
-    format: Annotated[str, typer.Option(help="On-disk format.")] = "compressed-tensors",
+    group_size: GroupSize = "auto",
+    asymmetric: Asymmetric = False,
+    kv_cache: Cache = None,
+    format: Format = "compressed-tensors",
     calibration: Annotated[
         str | None, typer.Option(help="Text the start is calibrated on; default: as --data.")
     ] = None,
@@ -55,11 +70,10 @@ def train(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the same run was stopped, if it was.")
-    ] = False,
+    device: Where = Device.AUTO,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -67,19 +81,20 @@ def train(
     from bitwright.api_train import train as run
     from bitwright.commands import record
 
-    quiet = quiet or as_json
+    is_first = os.environ.get("RANK", "0") == "0"  # torchrun: the first process speaks for all
+    quiet = quiet or as_json or not is_first
     with _progress(quiet) as advance:
         report, outcome = run(
             model, out,
             scheme=scheme, learn=learn, init=init, step_sizes=step_sizes, steps=steps, data=data,
             samples=samples, sequence_length=sequence_length, batch_tokens=batch_tokens, lr=lr,
             teacher=teacher, teacher_top=teacher_top, check_every=check_every,
-            gradient_checkpointing=gradient_checkpointing, seed=seed, overwrite=overwrite,
-            resume=resume, progress=advance, group_size=group_size, asymmetric=asymmetric,
-            kv_cache=kv_cache, format=format,
+            gradient_checkpointing=gradient_checkpointing, device=device.value, seed=seed,
+            overwrite=overwrite, resume=resume, progress=advance, group_size=group_size,
+            asymmetric=asymmetric, kv_cache=kv_cache, format=format,
             calibration=calibration, calibration_samples=calibration_samples,
         )  # fmt: skip
-    if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks for all
+    if not is_first:
         return
     record.write_json(record.run_file(out), record.describe(report, record.command_line()))
     result = {

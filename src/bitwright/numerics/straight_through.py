@@ -18,8 +18,8 @@ class _PassThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        grad = grads[0]
-        return (grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad), None, None
+        grad, saved = grads[0], ctx.saved_tensors  # once: recomputed activations are gone then
+        return (grad * saved[0] if saved else grad), None, None
 
 
 def pass_through(x: Tensor, value: Tensor, inside: Tensor | None = None) -> Tensor:

@@ -59,10 +59,10 @@ class Experts(nn.ModuleList):
         for index, expert in enumerate(self):
             token, place = torch.where(top_k_index == index)
             weight_T1 = top_k_weights[token, place, None]
-            if len(token) == 0:
-                if not self.visit_all:
-                    continue
+            if len(token) == 0 and self.visit_all:
                 token, weight_T1 = token.new_zeros(1), top_k_weights.new_ones(1, 1)
+            elif len(token) == 0 and not torch.is_grad_enabled():
+                continue  # with gradients, one of zero: parallel processes expect one from all
             y_TH = expert(hidden_states[token]) * weight_T1
             out_TH.index_add_(0, token, y_TH.to(out_TH.dtype))
         return out_TH

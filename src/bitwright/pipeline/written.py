@@ -61,10 +61,10 @@ def _batch(
     tokens[:, 0] = order[places]
     cache = None
     for position in range(1, length):
-        out = model(input_ids=tokens[:, position - 1 : position], past_key_values=cache,
-                    use_cache=True)  # fmt: skip
+        last = tokens[:, position - 1 : position].to(model.device)
+        out = model(input_ids=last, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        logits = out.logits[:, -1].float()
+        logits = out.logits[:, -1].float().cpu()
         drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
         tokens[:, position] = torch.where(position <= greedy_N, logits.argmax(-1), drawn)
         progress(index * length + position)

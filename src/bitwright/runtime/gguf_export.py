@@ -17,9 +17,11 @@ from torch import Tensor
 from bitwright.errors import BadRequest
 from bitwright.formats.gguf import BLOCK_SHAPES, BLOCKS
 from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from bitwright.pipeline.report import Report
 from bitwright.runtime.gguf_metadata import Architecture, add_metadata, architecture, vocabulary
 from bitwright.runtime.load import stored_config
 from bitwright.runtime.source import GGUF_FILE, load_tokenizer
+from bitwright.schemes.protocols import Format
 
 ROPE = "rope_freqs.weight"
 _FILE_TYPES = {
@@ -120,6 +122,23 @@ def export_folder(
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_checkpoint(
+    fmt: Format,
+    target: Path,
+    write: Callable[[Path, bool], Report],
+    *,
+    overwrite: bool,
+    progress: Callable[[int, int, str], None],
+) -> Report:
+    """Let ``write(folder, overwrite)`` write a checkpoint of ``fmt``; GGUF's becomes one file."""
+    if fmt.name != "gguf":
+        return write(target, overwrite)
+    folder = target.parent / f".{target.name}.staged"
+    report = write(folder, True)
+    report.bytes_after = export_folder(folder, target, overwrite=overwrite, progress=progress)
+    return report
 
 
 def check_exportable(source: Checkpoint) -> None:

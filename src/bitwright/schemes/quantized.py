@@ -1,6 +1,7 @@
 """QuantizedLinear: the one value that methods produce, formats store and kernels read."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,15 @@ class QuantizedLinear:
             offset_RG=None if offset is None else offset[part],
             bias_O=None if bias is None else bias[part],
         )
+
+    def to(self, device: torch.device) -> "QuantizedLinear":
+        """The same layer with its tensors on ``device``."""
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,8 @@ from bitwright.schemes.scheme import Spec
 def straight_through_states(x_BHTD: Tensor, spec: Spec, scale_H: Tensor | None) -> Tensor:
     """Keys or values as the cache would give them back; gradient zero where they saturate."""
     detached = x_BHTD.detach()
+    if scale_H is not None:
+        scale_H = scale_H.to(x_BHTD.device)
     value = dequantize_states(quantize_states(detached, spec, scale_H), spec, scale_H, x_BHTD.dtype)
     inside = None
     if scale_H is not None:

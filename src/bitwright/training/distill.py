@@ -31,6 +31,10 @@ class TopK:
     ids: Tensor
     log_p: Tensor
 
+    def to(self, device: torch.device) -> "TopK":
+        """The same on ``device``."""
+        return TopK(self.ids.to(device), self.log_p.to(device))
+
 
 Targets = Tensor | TopK  # a teacher's logits (T, V), or what is kept of them
 
@@ -39,7 +43,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, targets: Targets) -> Tensor:
         grad_TV = torch.empty_like(logits_TV)
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=logits_TV.device)
         for start in range(0, len(logits_TV), ROWS):
             rows = slice(start, start + ROWS)
             log_q = logits_TV[rows].float().log_softmax(-1)
@@ -49,7 +53,7 @@ class _Divergence(torch.autograd.Function):
                 total += _dense(log_q, targets, rows)
             grad_TV[rows] = log_q  # now the gradient
         ctx.save_for_backward(grad_TV)
-        return torch.tensor(total / len(logits_TV))
+        return (total / len(logits_TV)).float()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -63,16 +67,16 @@ def divergence(logits_TV: Tensor, targets: Targets) -> Tensor:
     return value
 
 
-def _dense(log_q: Tensor, teacher_TV: Tensor, rows: slice) -> float:
+def _dense(log_q: Tensor, teacher_TV: Tensor, rows: slice) -> Tensor:
     """The summed divergence; ``log_q`` is overwritten by the gradient."""
     log_p = teacher_TV[rows].float().log_softmax(-1)
     p = log_p.exp()
-    total = float(torch.dot(p.view(-1), log_p.sub_(log_q).view(-1)))
+    total = torch.dot(p.view(-1), log_p.sub_(log_q).view(-1))
     log_q.exp_().sub_(p)
     return total
 
 
-def _top(log_q: Tensor, targets: TopK, rows: slice) -> float:
+def _top(log_q: Tensor, targets: TopK, rows: slice) -> Tensor:
     ids, log_p = targets.ids[rows].long(), targets.log_p[rows]
     p = log_p.exp()
     kept_log_q = log_q.gather(1, ids)
@@ -84,7 +88,7 @@ def _top(log_q: Tensor, targets: TopK, rows: slice) -> float:
     kept_q = q.gather(1, ids)
     q *= (1 - rest_p / rest_q)[:, None]
     q.scatter_(1, ids, kept_q - p)
-    return float(total)
+    return total
 
 
 class KeptTargets:

@@ -8,7 +8,7 @@ that goes on from its last state repeats what it would have done.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from bitwright.errors import BitwrightError
 from bitwright.training.distill import Targets, divergence
 from bitwright.training.latent import Latent
-from bitwright.training.state import load_state, require_same, save_state
+from bitwright.training.processes import ALONE, Processes, held
+from bitwright.training.state import load_leaves, load_state, save_leaves, save_state
+
+BEST = "best"  # the folder of the best state
 
 
 class Diverged(BitwrightError):
@@ -64,16 +67,15 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Student:
-    """The model in training. ``latents`` by parameter name; ``forward`` maps tokens (1, T) to
-    logits (T, V); ``processes`` share every step's windows, this one being number ``rank``, and
-    ``average`` gives the mean of a tensor over all of them."""
+    """The model in training. ``forward`` maps tokens (1, T) to logits (T, V); ``latents`` by
+    parameter name, of this process's rows, but for parameters in ``whole``, which every one of
+    the ``processes`` has to itself. They share every step's windows."""
 
     model: nn.Module
     latents: Mapping[str, Latent]
     forward: Callable[[Tensor], Tensor]
-    rank: int = 0
-    processes: int = 1
-    average: Callable[[Tensor], Tensor] = lambda x: x
+    processes: Processes = ALONE
+    whole: Set[str] = frozenset()
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -88,7 +90,7 @@ class Student:
         """Put every latent's value into its parameter."""
         with torch.no_grad():
             for name, latent in self.latents.items():
-                self.model.get_parameter(name).copy_(latent.value())
+                held(self.model.get_parameter(name)).copy_(latent.value())
 
 
 def train(
@@ -105,16 +107,15 @@ def train(
     """Train; the model is left with the best state met. ``targets``: a sample's teacher.
 
     State goes to ``folder`` at every check. Raises Diverged, naming step and tensor;
-    BadRequest if ``resume`` finds a state of another ``request``; NoSpace.
+    BadRequest if ``resume`` finds a state of another ``request``; NoSpace. Of several processes,
+    all call it with the same arguments.
     """
-    leaves = student.leaves
+    leaves, processes = student.leaves, student.processes
     optimizer = _optimizer(leaves, recipe)
     judges, pupils = split_samples(len(tokens_NT), recipe)
-    state, best_file = folder / "state.safetensors", folder / "best.safetensors"
     outcome, start = Outcome(), 0
-    about = load_state(state, leaves, optimizer) if resume else None
+    about = load_state(folder, leaves, optimizer, request, processes) if resume else None
     if about is not None:
-        require_same(about["request"], request, state)
         start, outcome = about["step"], Outcome(**about["outcome"])
 
     def judge() -> float:
@@ -124,15 +125,13 @@ def train(
         return sum(found) / len(found)
 
     def keep(step: int) -> None:
-        if student.rank == 0:
-            about = {"step": step, "request": request, "outcome": vars(outcome)}
-            save_state(state, leaves, optimizer, about)
+        about = {"step": step, "request": request, "outcome": vars(outcome)}
+        save_state(folder, leaves, optimizer, about, processes)
 
     student.publish()
     if about is None:
         outcome.before = outcome.best = judge()
-        if student.rank == 0:
-            save_state(best_file, leaves, None, {"step": 0})
+        save_leaves(folder / BEST, leaves, processes)
         keep(0)
     began = time.perf_counter()
     for step in range(start, recipe.steps):
@@ -144,10 +143,10 @@ def train(
             f"loss {loss_now:.4f}, held out {outcome.best:.4f}, {speed:.0f} tokens/s",
         )  # fmt: skip
         chosen = batch(pupils, step, recipe)
-        share = chosen[student.rank :: student.processes]
+        share = chosen[processes.rank :: processes.count]
         loss = _learn(student, [(tokens_NT[i], targets(i)) for i in share], step)
         outcome.losses.append(loss)
-        _clip(leaves, recipe.clip)
+        _clip(student, recipe.clip)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * _rate(step, recipe)
         optimizer.step()
@@ -160,15 +159,14 @@ def train(
             outcome.steps = done
             if now < outcome.best:
                 outcome.best, outcome.best_step = now, done
-                if student.rank == 0:
-                    save_state(best_file, leaves, None, {"step": done})
+                save_leaves(folder / BEST, leaves, processes)
             keep(done)
     return outcome
 
 
 def restore_best(student: Student, folder: Path) -> None:
     """Put the best state that `train` met into the latents and the model."""
-    load_state(folder / "best.safetensors", student.leaves, None)
+    load_leaves(folder / BEST, student.leaves, student.processes)
     student.publish()
 
 
@@ -226,27 +224,37 @@ def _learn(student: Student, share: Sequence[tuple[Tensor, Targets]], step: int)
         total += value
     for name, latent in student.latents.items():
         parameter = model.get_parameter(name)
-        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        grad = held(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         if not bool(torch.isfinite(grad.sum(dtype=torch.float32))):
             raise Diverged(f"step {step}: the gradient of {name} is not finite: lower --lr")
-        latent.take(student.average(grad))
+        latent.take(student.processes.mean(grad) if name in student.whole else grad)
     model.zero_grad(set_to_none=True)
-    return float(student.average(torch.tensor(total / len(share))))
+    mean = torch.tensor(total / len(share), device=student.processes.device)
+    return float(student.processes.mean(mean))
 
 
-def _clip(leaves: Mapping[str, Tensor], limit: float) -> None:
+def _clip(student: Student, limit: float) -> None:
     """Each kind of leaf for itself: weights and logarithms of scales have unlike gradients."""
-    kinds: dict[str, list[Tensor]] = {}
-    for name, leaf in leaves.items():
-        kinds.setdefault(name.rpartition("/")[2], []).append(leaf)
+    kinds: dict[str, list[tuple[Tensor, bool]]] = {}
+    for name, leaf in student.leaves.items():
+        parameter, _, kind = name.rpartition("/")
+        assert leaf.grad is not None
+        kinds.setdefault(kind, []).append((leaf.grad, parameter in student.whole))
     for members in kinds.values():
-        torch.nn.utils.clip_grad_norm_(members, limit)
+        # float64: the same for every number of processes, up to the last digit
+        squares = torch.zeros(2, dtype=torch.float64, device=student.processes.device)
+        for grad, is_whole in members:
+            squares[int(is_whole)] += torch.linalg.vector_norm(grad, dtype=torch.float64) ** 2
+        norm = (student.processes.total(squares[:1])[0] + squares[1]).sqrt().float()
+        factor = (limit / (norm + 1e-6)).clamp(max=1)
+        for grad, _ in members:
+            grad.mul_(factor)
 
 
 def _first_bad(student: Student) -> str:
     """Which tensor is to blame, in words."""
     for name, parameter in student.model.named_parameters():
-        if not bool(torch.isfinite(parameter.detach().sum(dtype=torch.float32))):
+        if not bool(torch.isfinite(held(parameter.detach()).sum(dtype=torch.float32))):
             return f"{name} is not finite: lower --lr"
     return "every parameter is finite, so an activation overflowed: lower --lr"
 
