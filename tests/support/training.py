@@ -1,6 +1,9 @@
 """What tests of training share."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from bitwright.runtime.kv_load import cache_factory
 from bitwright.training.distill import divergence
 from bitwright.training.qat import Recipe, split_samples
 
+Job = tuple[Path, Path, dict[str, Any]]  # model, output, keywords of `train`
 ALONE = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 SMALL: dict[str, Any] = {
     "steps": 4, "samples": 12, "sequence_length": 32, "batch_tokens": 64, "check_every": 2,
@@ -39,12 +43,14 @@ def divergence_of(model: Path, original: Path, text: Path) -> float:
     return total / len(judges)
 
 
-def newest_step(output: Path) -> int:
-    """The step of the state that a run into ``output`` has saved last; -1 if there is none."""
-    states = (output.parent / f".{output.name}.training").glob("state-*")
-    return max((int(state.name.rpartition("-")[2]) for state in states), default=-1)
-
-
-def apart() -> dict[str, str]:
-    """The environment of a process that trains a tiny model: one thread."""
-    return os.environ | ALONE
+def run_jobs(jobs: list[Job], folder: Path, *, processes: int = 1) -> tuple[int, str]:
+    """Train in processes of their own (see train_driver.py): (exit code, errors)."""
+    file = folder / "jobs.json"
+    file.write_text(json.dumps([[str(a), str(b), c] for a, b, c in jobs]), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    driver = Path(__file__).with_name("train_driver.py")
+    done = subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else ()), str(driver), str(file)],
+        capture_output=True, text=True, env=os.environ | ALONE, timeout=600, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stderr

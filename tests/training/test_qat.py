@@ -3,9 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 from support.cli import run_apart
 from support.models import make_model
-from support.training import ALONE, SMALL, apart, divergence_of, newest_step
+from support.training import ALONE, SMALL, divergence_of, run_jobs
 
 from bitwright.api import resolve
 from bitwright.api_train import train
@@ -116,31 +113,25 @@ def test_teacher_on_disk(llama: Path, text: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_same_result(llama: Path, text: Path, tmp_path: Path) -> None:
-    words = ["train", llama, "--data", text, "--train", "all", "--group-size", "32", "--json"]
-    words += ["--samples", "12", "--sequence-length", "32", "--batch-tokens", "64"]
-    words += ["--calibration-samples", "8", "--check-every", "5", "--steps", "120"]
-    whole = run_apart(*words[:2], tmp_path / "whole", *words[2:], **ALONE)
-    assert whole.code == 0, whole.err
-    command = [sys.executable, "-m", "bitwright.cli", *map(str, words)]
-    command.insert(5, str(tmp_path / "out"))
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=apart())
-    deadline = time.monotonic() + 120
-    while newest_step(tmp_path / "out") < 10 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "out").exists()
-    again = [*words[:2], tmp_path / "out", *words[2:], "--resume"]
+    options = {**SMALL, "steps": 12, "learn": "all", "group_size": 32, "data": str(text)}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    _, outcome = train(llama, whole, **options)
+    code, _ = run_jobs([(llama, out, options | {"die_at": 7})], tmp_path)
+    assert code == -signal.SIGKILL
+    assert not out.exists()
+    again = ["train", llama, out, "--data", text, "--train", "all", "--group-size", "32", "--json",
+             "--samples", "12", "--sequence-length", "32", "--batch-tokens", "64", "--resume",
+             "--calibration-samples", "8", "--check-every", "2", "--steps", "12"]  # fmt: skip
     other = run_apart(*again, "--lr", "1e-3", **ALONE)
     assert other.code == 2
     assert "begun with recipe" in other.err
     assert len(other.err.strip().splitlines()) == 1
     done = run_apart(*again, **ALONE)
     assert done.code == 0, done.err
-    first, second = json.loads(whole.out), json.loads(done.out)
-    assert first["training"]["curve"] == second["training"]["curve"]
-    for path in (tmp_path / "whole").glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert json.loads(done.out)["training"]["curve"] == outcome.curve
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["out", "whole"]
 
 
 def test_numbers_that_overflow_are_named(llama: Path, text: Path, tmp_path: Path) -> None:
