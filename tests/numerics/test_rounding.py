@@ -42,24 +42,31 @@ def _all_16_bit(dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("source", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("grid", "target"),
+    ("grid", "target", "overflow"),
     [
-        (E4M3, ml_dtypes.float8_e4m3fn),
-        (E5M2, ml_dtypes.float8_e5m2),
-        (E2M1, ml_dtypes.float4_e2m1fn),
+        (E4M3, ml_dtypes.float8_e4m3fn, 464.1),  # 464, a tie, still goes to 448
+        (E5M2, ml_dtypes.float8_e5m2, 61440.0),  # this tie goes to infinity
+        (E2M1, ml_dtypes.float4_e2m1fn, torch.inf),  # saturates as we do
     ],
     ids=["E4M3", "E5M2", "E2M1"],
 )
 def test_every_16_bit_float_rounds_as_in_ml_dtypes(
-    grid: FloatGrid, target: type, source: torch.dtype
+    grid: FloatGrid, target: type, overflow: float, source: torch.dtype
 ) -> None:
-    x = _all_16_bit(source).float()
-    with np.errstate(over="ignore"):
+    """Bit for bit, up to where ml_dtypes leaves the finite values and we saturate."""
+    x = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(source).float()
+    with np.errstate(all="ignore"):
         expected = x.numpy().astype(target).view(np.uint8)
-    in_range = x.abs() <= grid.largest
-    assert int(in_range.sum()) > 10_000
-    codes = encode(x, grid).numpy()
-    np.testing.assert_array_equal(codes[in_range], expected[in_range])
+    codes = encode(x, grid)
+    fits = x.abs() < overflow
+    assert int(fits.sum()) > 10_000
+    np.testing.assert_array_equal(codes.numpy()[fits], expected[fits])
+    back = decode(codes, grid)
+    beyond = x.abs() >= overflow
+    assert torch.equal(back[beyond], torch.sign(x[beyond]) * grid.largest)
+    if grid.specials != "none":
+        assert torch.equal(torch.isnan(back), torch.isnan(x))
+        assert np.isnan(codes.numpy().view(target).astype(np.float32))[torch.isnan(x)].all()
 
 
 @pytest.mark.parametrize("grid", [E4M3, E5M2, E2M1])
