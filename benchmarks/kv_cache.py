@@ -7,15 +7,16 @@ text. Rows are saved as they finish; a second run continues where the first one 
 
     python benchmarks/kv_cache.py --model REFERENCE --text test.txt --calibration valid.txt
 
-CACHE is KIND:SCALES[:asym][:SEARCH]: KIND fp8, int8 or int4; SCALES tensor or head (static,
-SEARCH absmax, percentile or mse) or token, gN (chosen at run time).
+CACHE is KIND:SCALES[:asym][:SEARCH][:feedback]: KIND fp8, int8 or int4; SCALES tensor or head
+(static, SEARCH absmax, percentile or mse) or token, gN (chosen at run time); feedback: keys are
+rounded for the queries of 8 windows of the calibration text, not to nearest.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,23 @@ from transformers import DynamicCache
 
 from bitwright.api import load, resolve
 from bitwright.evaluation.perplexity import evaluate_model
+from bitwright.numerics.feedback import Feedback
 from bitwright.numerics.grids import E4M3, IntGrid
 from bitwright.numerics.groups import PER_CHANNEL, PER_TENSOR
 from bitwright.pipeline.cache_scales import SEARCHES, Seen, observing
 from bitwright.pipeline.texts import calibration_windows, evaluation_windows, read_text, tokenize
+from bitwright.runtime.key_feedback import key_feedback
 from bitwright.runtime.kv_cache import QuantizedKVCache
 from bitwright.schemes.scheme import Spec
 
 SIXTEEN = "16-bit"
+FEEDBACK = "feedback"
+FEEDBACK_WINDOWS = 8
 CACHES = (
     "fp8:tensor", "int8:tensor", "fp8:head", "int8:head", "int8:tensor:percentile",
     "int8:tensor:mse", "fp8:token", "int8:token", "int4:token", "int4:token:asym", "int4:g32",
-    "int4:g32:asym",
+    "int4:g32:asym", "fp8:tensor:feedback", "int8:tensor:feedback", "int8:token:feedback",
+    "int4:token:feedback",
 )  # fmt: skip
 COLUMNS = (
     ("cache", 24, ""),
@@ -53,8 +59,8 @@ def parse(name: str) -> tuple[Spec, str]:
     kind, scales, *marks = name.split(":")
     asymmetric = "asym" in marks
     search = next((mark for mark in marks if mark in SEARCHES), "absmax")
-    if kind not in ("fp8", "int8", "int4") or set(marks) - {"asym", *SEARCHES}:
-        raise SystemExit(f"{name} is not KIND:SCALES[:asym][:SEARCH], see --help")
+    if kind not in ("fp8", "int8", "int4") or set(marks) - {"asym", FEEDBACK, *SEARCHES}:
+        raise SystemExit(f"{name} is not KIND:SCALES[:asym][:SEARCH][:feedback], see --help")
     grid = E4M3 if kind == "fp8" else IntGrid(int(kind[3:]), signed=not asymmetric)
     if scales in ("tensor", "head"):
         group = PER_TENSOR if scales == "tensor" else PER_CHANNEL
@@ -71,7 +77,9 @@ def calibrate(model: Any, tokens_NT: torch.Tensor) -> dict[int, Seen]:
     return {one.layer: one for one in observer.seen.values()}
 
 
-def factory(model: Any, name: str, seen: dict[int, Seen]) -> Callable[[], Any]:
+def factory(
+    model: Any, name: str, seen: dict[int, Seen], feedback: dict[int, Sequence[Feedback]]
+) -> Callable[[], Any]:
     """Makes empty caches of one kind."""
     if name == SIXTEEN:
         return lambda: DynamicCache(config=model.config)
@@ -79,7 +87,8 @@ def factory(model: Any, name: str, seen: dict[int, Seen]) -> Callable[[], Any]:
     scales = {}
     if spec.mode == "static":
         scales = {layer: one.scales(spec, search) for layer, one in seen.items()}
-    return lambda: QuantizedKVCache(model.config, spec, scales)
+    feedback = feedback if FEEDBACK in name else {}
+    return lambda: QuantizedKVCache(model.config, spec, scales, feedback)
 
 
 def measured_bytes(model: Any, cache: Any, tokens: int) -> int:
@@ -123,6 +132,7 @@ def main() -> None:
         tokenize(tokenizer, read_text(args.text)), args.windows, args.evaluation_length
     )
     seen: dict[int, Seen] = {}
+    feedback: dict[int, Sequence[Feedback]] = {}
     table = Table(*COLUMNS)
     plain: Row = {}
     for name in (SIXTEEN, *args.caches):
@@ -130,18 +140,19 @@ def main() -> None:
         key: Row = {
             "cache": name,
             "calibration": f"{Path(args.calibration).name} {args.samples}x{args.sequence_length}"
-            if static
+            if static or FEEDBACK in name
             else "",
             "evaluate": f"{Path(args.text).name} {args.windows}x{args.evaluation_length}",
             "tokens": args.tokens,
         }
         row = None if args.again else results.find(key)
         if row is None:
-            if static and not seen:
+            if (static and not seen) or (FEEDBACK in name and not feedback):
                 ids = tokenize(tokenizer, read_text(args.calibration))
                 chosen, _ = calibration_windows(ids, args.samples, args.sequence_length, args.seed)
-                seen = calibrate(model, chosen)
-            new_cache = factory(model, name, seen)
+                seen = calibrate(model, chosen) if static and not seen else seen
+                feedback = key_feedback(model, chosen[:FEEDBACK_WINDOWS])
+            new_cache = factory(model, name, seen, feedback)
             start = time.perf_counter()
             scored = evaluate_model(model, windows, new_cache=new_cache)
             row = {

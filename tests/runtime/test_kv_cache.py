@@ -16,7 +16,8 @@ from bitwright.errors import BadRequest, BadShape
 from bitwright.numerics.grids import E4M3, IntGrid
 from bitwright.numerics.groups import PER_CHANNEL, PER_TENSOR
 from bitwright.numerics.rounding import decode, encode
-from bitwright.runtime.kv_cache import QuantizedKVCache, dequantize_states, quantize_states
+from bitwright.runtime.kv_cache import QuantizedKVCache
+from bitwright.runtime.kv_states import dequantize_states, quantize_states
 from bitwright.schemes.quantized import CacheScales
 from bitwright.schemes.scheme import Spec, parse_scheme
 

@@ -16,11 +16,11 @@ What a `Spec` means here:
 | dynamic | (1, -1), per token    | one per token and head, chosen when the token arrives      |
 | dynamic | (1, g), per group     | D/g per token and head, chosen when the token arrives      |
 
-Codes take one byte each; two 4-bit codes share a byte, the first in its low half.
+With ``feedback`` (runtime/key_feedback.py) keys are rounded so that their products with queries
+stay right; what is stored is the same kind of codes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,83 +34,11 @@ from transformers.cache_utils import (
 )
 
 from bitwright.errors import BadRequest, BadShape, UnsupportedModel
-from bitwright.numerics.grids import E4M3, Grid
+from bitwright.numerics.feedback import Feedback
 from bitwright.numerics.groups import PER_CHANNEL, PER_TENSOR, scale_shape
-from bitwright.numerics.rounding import decode, encode
-from bitwright.numerics.scales import choose_scale
+from bitwright.runtime.kv_states import States, dequantize_states, quantize_states
 from bitwright.schemes.quantized import CacheScales
 from bitwright.schemes.scheme import Spec
-
-
-@dataclass(frozen=True, eq=False)
-class States:
-    """Rounded keys or values, token axis third.
-
-    ``codes``: uint8 (B, H, T, D), or (B, H, T, D/2) for 4 bits. ``scale``: (B, H, T, G) in the
-    spec's dtype, ``zero_point``: uint8 codes of the same shape; None where they do not exist.
-    """
-
-    codes: Tensor
-    scale: Tensor | None = None
-    zero_point: Tensor | None = None
-
-
-def quantize_states(x_BHTD: Tensor, spec: Spec, scale_H: Tensor | None) -> States:
-    """Round keys or values of any float dtype; ``scale_H``: float32 (1,) or (H,) if static."""
-    x = x_BHTD.float().contiguous()
-    if scale_H is not None:
-        return States(_pack(_codes(x / scale_H.view(-1, 1, 1), spec.grid), spec.grid))
-    assert isinstance(spec.scale, torch.dtype)
-    width = x.shape[-1] if spec.group[1] == -1 else spec.group[1]
-    x_NC = x.reshape(-1, width)
-    scale, zero = choose_scale(
-        x_NC, spec.grid, dtype=spec.scale, symmetric=not spec.asymmetric, search="absmax"
-    )
-    if zero is None:
-        codes, zero_point = _codes(x_NC / scale, spec.grid), None
-    else:
-        codes = encode(torch.round(x_NC / scale) + zero, spec.grid)
-        zero_point = encode(zero, spec.grid).view(*x.shape[:-1], -1)
-    scale = scale.to(spec.scale).view(*x.shape[:-1], -1)
-    return States(_pack(codes.view(x.shape), spec.grid), scale, zero_point)
-
-
-def dequantize_states(
-    states: States, spec: Spec, scale_H: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """(grid value - zero point) * scale, computed in float32, as ``dtype``, (B, H, T, D)."""
-    x = _values(_unpack(states.codes, spec.grid), spec.grid)
-    if states.scale is None:
-        assert scale_H is not None
-        return x.mul_(scale_H.view(-1, 1, 1)).to(dtype)
-    grouped = x.view(*states.scale.shape, -1)
-    if states.zero_point is not None:
-        grouped -= decode(states.zero_point, spec.grid)[..., None]
-    return grouped.mul_(states.scale.float()[..., None]).flatten(-2).to(dtype)
-
-
-def _codes(x: Tensor, grid: Grid) -> Tensor:
-    """`encode`, with the processor's own conversion where that is the same function."""
-    if grid == E4M3:
-        return x.clamp_(-grid.largest, grid.largest).to(torch.float8_e4m3fn).view(torch.uint8)
-    return encode(x, grid)
-
-
-def _values(codes: Tensor, grid: Grid) -> Tensor:
-    """`decode`, likewise."""
-    if grid == E4M3:
-        return codes.view(torch.float8_e4m3fn).float()
-    return decode(codes, grid)
-
-
-def _pack(codes: Tensor, grid: Grid) -> Tensor:
-    return codes[..., 0::2] | (codes[..., 1::2] << 4) if grid.bits == 4 else codes
-
-
-def _unpack(codes: Tensor, grid: Grid) -> Tensor:
-    if grid.bits != 4:
-        return codes
-    return torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
 
 
 class _Rows:
@@ -157,8 +85,10 @@ class _Rows:
 class _Half:
     """The keys or the values of one layer."""
 
-    def __init__(self, spec: Spec, scale_H: Tensor | None) -> None:
-        self.spec, self.scale_H = spec, scale_H
+    def __init__(
+        self, spec: Spec, scale_H: Tensor | None, feedback_H: Sequence[Feedback] | None = None
+    ) -> None:
+        self.spec, self.scale_H, self.feedback_H = spec, scale_H, feedback_H
         self.rows: list[_Rows | None] = []
 
     def append(self, x_BHTD: Tensor) -> None:
@@ -172,7 +102,7 @@ class _Half:
                     "give one scale or one per head"
                 )
             self.scale_H = self.scale_H.to(x_BHTD.device)
-        new = quantize_states(x_BHTD, self.spec, self.scale_H)
+        new = quantize_states(x_BHTD, self.spec, self.scale_H, self.feedback_H)
         parts = (new.codes, new.scale, new.zero_point)
         if not self.rows:
             self.rows = [None if part is None else _Rows(part) for part in parts]
@@ -197,16 +127,21 @@ class _Half:
 class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values of one attention layer."""
 
-    def __init__(self, spec: Spec, scales: CacheScales | None) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        scales: CacheScales | None,
+        feedback_H: Sequence[Feedback] | None = None,
+    ) -> None:
         super().__init__()
-        self._spec, self._scales = spec, scales
+        self._spec, self._scales, self._feedback_H = spec, scales, feedback_H
         self._halves = self._empty()
 
     def _empty(self) -> tuple[_Half, _Half]:
         key, value = (None, None)
         if self._scales is not None:
             key, value = self._scales.key.float(), self._scales.value.float()
-        return _Half(self._spec, key), _Half(self._spec, value)
+        return _Half(self._spec, key, self._feedback_H), _Half(self._spec, value)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note what to dequantize to."""
@@ -282,8 +217,14 @@ class SlidingQuantizedLayer(QuantizedLayer):
     is_sliding = True
     is_croppable = False
 
-    def __init__(self, spec: Spec, scales: CacheScales | None, window: int) -> None:
-        super().__init__(spec, scales)
+    def __init__(
+        self,
+        spec: Spec,
+        scales: CacheScales | None,
+        window: int,
+        feedback_H: Sequence[Feedback] | None = None,
+    ) -> None:
+        super().__init__(spec, scales, feedback_H)
         self.sliding_window = window
         self.cumulative_length = 0
 
@@ -327,13 +268,20 @@ class SlidingQuantizedLayer(QuantizedLayer):
 class QuantizedKVCache(Cache):  # type: ignore[misc]
     """Pass as ``past_key_values`` to a transformers model or its generate().
 
-    ``scales``: those of static specs, by layer index. Layers without keys and values (linear
+    ``scales``: those of static specs, by layer index; ``feedback``: how each head's keys are
+    rounded, likewise, nearest where there is none. Layers without keys and values (linear
     attention, shared ones) are kept as transformers makes them. Raises BadRequest for a spec that
     no cache can have or a layer without its static scales, BadShape for groups that do not
     divide the head width (when it is seen), UnsupportedModel for attention of another kind.
     """
 
-    def __init__(self, config: Any, spec: Spec, scales: Mapping[int, CacheScales] = {}) -> None:
+    def __init__(
+        self,
+        config: Any,
+        spec: Spec,
+        scales: Mapping[int, CacheScales] = {},
+        feedback: Mapping[int, Sequence[Feedback]] = {},
+    ) -> None:
         check_cache_spec(spec)
         layers = []
         for index, plain in enumerate(DynamicCache(config=config).layers):
@@ -348,9 +296,10 @@ class QuantizedKVCache(Cache):  # type: ignore[misc]
                 )
             own = own if spec.mode == "static" else None
             if type(plain) is DynamicSlidingWindowLayer:
-                layers.append(SlidingQuantizedLayer(spec, own, plain.sliding_window))
+                window = plain.sliding_window
+                layers.append(SlidingQuantizedLayer(spec, own, window, feedback.get(index)))
             elif type(plain) is DynamicLayer:
-                layers.append(QuantizedLayer(spec, own))
+                layers.append(QuantizedLayer(spec, own, feedback.get(index)))
             else:
                 raise UnsupportedModel(
                     f"attention layer {index} keeps a {type(plain).__name__}, which cannot be "

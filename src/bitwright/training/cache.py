@@ -8,7 +8,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from bitwright.errors import UnsupportedModel
 from bitwright.numerics.straight_through import pass_through
-from bitwright.runtime.kv_cache import check_cache_spec, dequantize_states, quantize_states
+from bitwright.runtime.kv_cache import check_cache_spec
+from bitwright.runtime.kv_states import dequantize_states, quantize_states
 from bitwright.schemes.quantized import CacheScales
 from bitwright.schemes.scheme import Spec
 
