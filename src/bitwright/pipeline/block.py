@@ -94,7 +94,7 @@ def observe(work: Work, index: int, hidden: States, true: States | None, first: 
     if work.independent:
         hidden.turn()
     drift = {} if true is None else collect_drift(block, linears, shared, hidden, true, index)
-    return Observed(tuple(shared), stats, drift, observer.seen if observer else {})
+    return Observed(tuple(shared), stats, drift, {} if observer is None else observer.seen)
 
 
 def advance_quantized(
@@ -111,7 +111,7 @@ def advance_quantized(
             materialize(model, {f"{module}.weight": value}, work.dtype)
     with _cache_observer(work, block, wanted=True) as observer:
         advance(block, hidden, index)
-    return observer.seen if observer else {}
+    return {} if observer is None else observer.seen
 
 
 def with_cache_scales(
