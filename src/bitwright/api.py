@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bitwright.errors import BadRequest
+from bitwright.errors import BadRequest, UnknownName
 from bitwright.evaluation.perplexity import Evaluation, evaluate_model
 from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.gguf_import import cache_folder
@@ -35,8 +35,11 @@ CPU = torch.device("cpu")
 
 __all__ = [
     "EFFORTS", "Prediction", "Prepared", "calibration_tokens", "evaluate", "execute", "generate",
-    "inspect", "load", "load_tokenizer", "prepare", "quantize", "resolve",
+    "inspect", "load", "load_tokenizer", "new_cache_of", "prepare", "quantize", "resolve",
 ]  # fmt: skip
+
+KV_ROUNDINGS = ("nearest", "feedback")
+FEEDBACK_TEXT = (8, 512)  # windows and tokens of text that queries are taken from
 
 
 def quantize(
@@ -125,16 +128,39 @@ def evaluate(
     text: str = "pydoc",
     windows: int = 40,
     sequence_length: int = 1024,
+    kv_rounding: str = "nearest",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Perplexity of a model, and its divergence from a reference, on the start of a text."""
+    """Perplexity of a model, and its divergence from a reference, on the start of a text.
+
+    ``kv_rounding``: how a quantized key-value cache rounds keys, see `new_cache_of`.
+    """
     checkpoint = resolve(model)
     tokens = first_tokens(load_tokenizer(checkpoint), text, windows * sequence_length)
     chosen = evaluation_windows(tokens, windows, sequence_length)
     other = load_model(resolve(reference)) if reference is not None else None
     network = load_model(checkpoint)
-    cache = cache_factory(checkpoint, network)
+    cache = new_cache_of(checkpoint, network, kv_rounding)
     return evaluate_model(network, chosen, reference=other, new_cache=cache, progress=progress)
+
+
+def new_cache_of(
+    checkpoint: Checkpoint, network: Any, kv_rounding: str = "nearest"
+) -> Callable[[], Any] | None:
+    """What makes the key-value cache a checkpoint asks for; None for 16 bits.
+
+    ``kv_rounding``: "nearest", as other runtimes round keys, or "feedback": for the queries that
+    the model asks on Python's manual (runtime/key_feedback.py). Raises UnknownName for another.
+    """
+    if kv_rounding not in KV_ROUNDINGS:
+        known = ", ".join(KV_ROUNDINGS)
+        raise UnknownName(f"unknown rounding of keys {kv_rounding!r}; known: {known}")
+    text = None
+    if kv_rounding == "feedback" and cache_factory(checkpoint, network) is not None:
+        windows, length = FEEDBACK_TEXT
+        ids = first_tokens(load_tokenizer(checkpoint), "pydoc", windows * length)
+        text = evaluation_windows(ids, windows, length)
+    return cache_factory(checkpoint, network, text)
 
 
 def load(model: str | Path, *, packed: bool = False) -> tuple[Any, Any]:
@@ -148,12 +174,17 @@ def load(model: str | Path, *, packed: bool = False) -> tuple[Any, Any]:
     return load_model(checkpoint, packed=packed), load_tokenizer(checkpoint)
 
 
-def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str:
-    """The model's greedy answer to one prompt, through its chat template if it has one."""
+def generate(
+    model: str | Path, prompt: str, *, max_new_tokens: int = 64, kv_rounding: str = "nearest"
+) -> str:
+    """The model's greedy answer to one prompt, through its chat template if it has one.
+
+    ``kv_rounding``: see `new_cache_of`.
+    """
     checkpoint = resolve(model)
     network = load_model(checkpoint, packed=True, panels=False)
     tokenizer = load_tokenizer(checkpoint)
-    new_cache = cache_factory(checkpoint, network)
+    new_cache = new_cache_of(checkpoint, network, kv_rounding)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

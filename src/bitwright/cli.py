@@ -74,6 +74,9 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents per task.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Examples per prompt.")] = None,
+    kv_rounding: Annotated[
+        str, typer.Option(help="Keys of a quantized cache: nearest, or feedback (for queries).")
+    ] = "nearest",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -85,8 +88,9 @@ def evaluate(
         found["tasks"] = run_tasks(model, tasks.split(","), limit=limit, shots=shots)
     if tasks is None or text is not None or reference is not None:
         found |= _measure(
-            model, reference, text or "pydoc", windows, sequence_length, quiet or as_json
-        )
+            model, reference, text or "pydoc", windows, sequence_length, kv_rounding,
+            quiet or as_json,
+        )  # fmt: skip
     if as_json:
         print(json.dumps(found))
         return
@@ -104,7 +108,13 @@ def evaluate(
 
 
 def _measure(
-    model: str, reference: str | None, text: str, windows: int, sequence_length: int, quiet: bool
+    model: str,
+    reference: str | None,
+    text: str,
+    windows: int,
+    sequence_length: int,
+    kv_rounding: str,
+    quiet: bool,
 ) -> dict[str, Any]:
     from bitwright import api
 
@@ -115,6 +125,7 @@ def _measure(
             text=text,
             windows=windows,
             sequence_length=sequence_length,
+            kv_rounding=kv_rounding,
             progress=lambda done, total: advance(done, total, "windows"),
         )
     return asdict(result)
@@ -125,11 +136,14 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    kv_rounding: Annotated[
+        str, typer.Option(help="Keys of a quantized cache: nearest, or feedback (for queries).")
+    ] = "nearest",
 ) -> None:
     """Answer one prompt, greedily."""
     from bitwright import api
 
-    print(api.generate(model, prompt, max_new_tokens=max_new_tokens))
+    print(api.generate(model, prompt, max_new_tokens=max_new_tokens, kv_rounding=kv_rounding))
 
 
 @app.command()

@@ -27,7 +27,7 @@ from bitwright.schemes.inputs import needs_calibrated_scale
 from bitwright.schemes.plan import Calibration, Layer, Plan, automatic_group_size
 from bitwright.schemes.protocols import Format
 from bitwright.schemes.runtimes import require_loadable
-from bitwright.schemes.scheme import Granularity, Mode, Scheme, Spec, parse_scheme
+from bitwright.schemes.scheme import CacheScaling, Granularity, Mode, Scheme, Spec, parse_scheme
 
 GroupSize = int | str
 
@@ -68,6 +68,7 @@ def prepare(
     activations: str | None = None,
     granularity: str | None = None,
     kv_cache: str | None = None,
+    kv_scales: str | None = None,
     input_range: str = "absmax",
     format: str = "compressed-tensors",
     runtime: str | None = None,
@@ -91,14 +92,14 @@ def prepare(
     ``effort``: how long methods that tune may take, see EFFORTS. ``damp`` and ``order`` are
     GPTQ's; ``smoothing`` is SmoothQuant's strength, searched if None; ``true_inputs``: see
     methods.gptaq; ``memory``: refuse a run that may need more, such as "8GiB".
-    ``activations`` (dynamic,
-    static), ``granularity`` (tensor, channel, block) and ``kv_cache`` (none, fp8, int8, int4)
-    change what the scheme's name says; ``input_range``: see methods.ranges; ``runtime``: refuse
-    what it cannot load, see schemes/runtimes.toml. Raises BadRequest, BadShape, UnknownName,
+    ``activations`` (dynamic, static), ``granularity`` (tensor, channel, block), ``kv_cache`` (none,
+    fp8, int8, int4) and ``kv_scales`` (tensor, head, token) change what the scheme's name says;
+    ``input_range``: see methods.ranges; ``runtime``: refuse what it cannot load, see
+    schemes/runtimes.toml. Raises BadRequest, BadShape, UnknownName,
     UnsupportedModel or BadCheckpoint.
     """
     fmt = get_format(format)
-    parsed = _adjusted(parse_scheme(scheme), activations, granularity, kv_cache)
+    parsed = _adjusted(parse_scheme(scheme), activations, granularity, kv_cache, kv_scales)
     parsed = parsed.with_scales(fmt.scale_dtype)
     if parsed.weight.super_blocks and fmt.name != "gguf":
         raise BadRequest(f"{parsed.name} is a type of gguf: add --format gguf")
@@ -189,7 +190,11 @@ def _search(weight: Spec, *, calibrated: bool) -> str:
 
 
 def _adjusted(
-    scheme: Scheme, activations: str | None, granularity: str | None, kv_cache: str | None
+    scheme: Scheme,
+    activations: str | None,
+    granularity: str | None,
+    kv_cache: str | None,
+    kv_scales: str | None,
 ) -> Scheme:
     if activations is not None:
         _known("activation mode", activations, get_args(Mode))
@@ -199,6 +204,9 @@ def _adjusted(
         scheme = scheme.with_granularity(cast("Granularity", granularity))
     if kv_cache is not None:
         scheme = scheme.with_kv_cache(kv_cache)
+    if kv_scales is not None:
+        _known("cache scaling", kv_scales, get_args(CacheScaling))
+        scheme = scheme.with_kv_scales(cast("CacheScaling", kv_scales))
     return scheme
 
 

@@ -43,6 +43,9 @@ def quantize(
         str | None, typer.Option(help="Scales of 8-bit weights: tensor, channel or block.")
     ] = None,
     kv_cache: Cache = None,
+    kv_scales: Annotated[
+        str | None, typer.Option(help="Scales of such a cache: per tensor, head or token.")
+    ] = None,
     input_range: Annotated[
         str, typer.Option(help="Static scales cover: absmax, percentile, mse, moving-average.")
     ] = "absmax",
@@ -121,6 +124,7 @@ def quantize(
         activations=activations,
         granularity=granularity,
         kv_cache=kv_cache,
+        kv_scales=kv_scales,
         input_range=input_range,
         format=format,
         runtime=runtime,

@@ -8,6 +8,7 @@ from torch import Tensor
 from bitwright.errors import BadCheckpoint
 from bitwright.pipeline.cache_scales import attentions
 from bitwright.pipeline.checkpoint import Checkpoint
+from bitwright.runtime.key_feedback import key_feedback
 from bitwright.runtime.kv_cache import QuantizedKVCache, check_cache_spec
 from bitwright.runtime.load import format_of
 from bitwright.schemes.protocols import Format
@@ -16,11 +17,15 @@ from bitwright.schemes.quantized import CacheScales
 LARGEST = 1 << 12  # values in a tensor of cache scales
 
 
-def cache_factory(checkpoint: Checkpoint, model: Any) -> Callable[[], QuantizedKVCache] | None:
+def cache_factory(
+    checkpoint: Checkpoint, model: Any, text_NT: Tensor | None = None
+) -> Callable[[], QuantizedKVCache] | None:
     """Makes an empty cache for each use; None if the checkpoint's cache has 16 bits.
 
-    ``model``: the checkpoint, loaded. Raises BadCheckpoint if scales are missing, BadRequest if
-    bitwright has no such cache.
+    ``model``: the checkpoint, loaded. ``text_NT``: int64 windows of text; with them keys are
+    rounded for the queries they meet (`key_feedback`), without to nearest, as other runtimes do.
+    Raises BadCheckpoint if scales are missing, BadRequest if bitwright has no such cache,
+    UnsupportedModel if its queries cannot be seen.
     """
     fmt = format_of(checkpoint)
     spec = fmt.cache_spec(checkpoint.config["quantization_config"]) if fmt else None
@@ -28,7 +33,8 @@ def cache_factory(checkpoint: Checkpoint, model: Any) -> Callable[[], QuantizedK
         return None
     check_cache_spec(spec)
     scales = {} if spec.mode == "dynamic" else read_cache_scales(checkpoint, fmt, model)
-    return lambda: QuantizedKVCache(model.config, spec, scales)
+    feedback = {} if text_NT is None else key_feedback(model, text_NT)
+    return lambda: QuantizedKVCache(model.config, spec, scales, feedback)
 
 
 def read_cache_scales(checkpoint: Checkpoint, fmt: Format, model: Any) -> dict[int, CacheScales]:

@@ -28,6 +28,7 @@ from bitwright.numerics.groups import (
 
 Mode = Literal["static", "dynamic"]
 Granularity = Literal["tensor", "channel", "block"]
+CacheScaling = Literal["tensor", "head", "token"]
 BLOCK = 128
 
 
@@ -119,6 +120,18 @@ class Scheme:
             raise UnknownName(f"unknown cache type {kind!r}; known: {', '.join(known)}")
         suffix = known[kind]
         cache = None if suffix is None else parse_scheme(f"W8A16-KV{suffix}").kv_cache
+        return replace(self, kv_cache=cache)
+
+    def with_kv_scales(self, scaling: CacheScaling) -> "Scheme":
+        """Keys and values with one calibrated scale per layer ("tensor") or key-value head, or
+        with one per token and head, chosen at run time."""
+        if self.kv_cache is None:
+            raise BadRequest(f"{self.name} keeps a 16-bit cache: add --kv-cache")
+        if scaling == "token":
+            cache = replace(self.kv_cache, group=PER_TOKEN, scale=torch.bfloat16, mode="dynamic")
+        else:
+            group = PER_TENSOR if scaling == "tensor" else PER_CHANNEL
+            cache = replace(self.kv_cache, group=group, scale=torch.float32, mode="static")
         return replace(self, kv_cache=cache)
 
     def with_activations(self, mode: Mode) -> "Scheme":
