@@ -27,6 +27,20 @@ def test_text_files_and_lines_of_json(tmp_path: Path) -> None:
     assert read_text(str(tmp_path / "b.jsonl")) == "one\n\ntwo"
 
 
+def test_a_dataset_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` takes owner/name from the working directory before it asks the hub."""
+    pytest.importorskip("datasets")
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    rows = [json.dumps({"text": f"row {i}", "other": i}) for i in range(5)]
+    file = tmp_path / "owner" / "name" / "train.jsonl"
+    file.write_text("\n".join(rows), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert read_text("owner/name") == "\n\n".join(f"row {i}" for i in range(5))
+    file.write_text(json.dumps({"words": "none"}), encoding="utf-8")
+    with pytest.raises(BadRequest, match="hub dataset 'owner/name' cannot be read"):
+        read_text("owner/name")
+
+
 def test_the_embedded_text_is_long_english() -> None:
     text = read_text("pydoc")
     assert len(text) > 300_000

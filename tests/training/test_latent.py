@@ -55,21 +55,27 @@ def test_values_are_the_dequantized_layer(scheme: str) -> None:
     q = rtn(weight, None, spec)
     for latent in (MinMax(weight, q), Scaled(q), Scaled(q, codes=True), Stepped(weight, q)):
         assert torch.equal(latent.value(), dequantize(latent.result()))
-    for codes in (False, True):
-        again = Scaled(q, codes=codes).result()
-        assert torch.equal(decode(again.codes_OI, spec.grid), decode(q.codes_OI, spec.grid))
-        assert torch.allclose(again.scale_RG.float(), q.scale_RG.float(), rtol=1e-2)
+    for exponent in range(-40, 11, 2):  # none is changed by being learned
+        q = rtn(weight * 2.0**exponent, None, spec)
+        for codes in (False, True):
+            again = Scaled(q, codes=codes).result()
+            assert torch.equal(decode(again.codes_OI, spec.grid), decode(q.codes_OI, spec.grid))
+            assert torch.equal(again.scale_RG.float(), q.scale_RG.float())
 
 
-@given(seed=st.integers(0, 1000), bits=st.integers(2, 8), asymmetric=st.booleans())
-def test_fixed_codes_have_exact_gradients(seed: int, bits: int, asymmetric: bool) -> None:
+@given(seed=st.integers(0, 1000), scheme=st.sampled_from(SCHEMES), asymmetric=st.booleans())
+def test_fixed_codes_have_exact_gradients(seed: int, scheme: str, asymmetric: bool) -> None:
     weight, towards = weight_of(seed), weight_of(seed + 1)
-    latent = Scaled(rtn(weight, None, spec_of(bits, asymmetric=asymmetric)))
+    spec = parse_scheme(scheme).weight
+    if isinstance(spec.grid, IntGrid):
+        spec = spec_of(spec.grid.bits, asymmetric=asymmetric)
+    latent = Scaled(rtn(weight, None, spec))
+    whole = 1.0 if latent.original.global_scale is None else float(latent.original.global_scale)
     latent.take(towards)
 
     def loss(name: str, value: Tensor) -> Tensor:
         q = latent.original
-        scale = sign_of(q) * (value if name == "scale" else latent.leaves["scale"]).exp()
+        scale = sign_of(q) * (value if name == "scale" else latent.leaves["scale"]).exp() * whole
         level = decode(q.codes_OI, q.spec.grid)
         if q.zero_point_RG is not None:
             zero = value if name == "zero" else latent.leaves["zero"]
@@ -185,6 +191,22 @@ def test_learned_steps_start_at_what_rounding_lost() -> None:
         grad = latent.leaves["scale"].grad
         assert grad is not None
         assert bool((grad.abs() < 2e-3).all()) is is_zero
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_under_minmax_follow_the_estimator(scheme: str) -> None:
+    """Nothing is beyond the grid, so the rounded weight moves as the weight does: compared where
+    the largest of a group, and with it every scale, stays."""
+    weight, towards = weight_of(7), weight_of(8)
+    spec = parse_scheme(scheme).weight
+    spec = spec_of(spec.grid.bits) if isinstance(spec.grid, IntGrid) else spec
+    latent = MinMax(weight, rtn(weight, None, spec, search="absmax"))
+    added = latent.value() - weight  # by rounding
+    latent.take(towards)
+    leaf, unit = latent.leaves["code"], weight / latent.leaves["code"]
+    found = slope(lambda x: ((x * unit + added) * towards).double().sum(), leaf)
+    assert leaf.grad is not None
+    assert torch.allclose(leaf.grad, found, atol=2e-2, rtol=1e-2)
 
 
 def test_plain_parameters_are_stored_numbers() -> None:

@@ -1,6 +1,7 @@
 """`bitwright train` from end to end on small real checkpoints."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -132,6 +133,25 @@ def test_a_killed_run_goes_on_to_the_same_result(llama: Path, text: Path, tmp_pa
     for path in whole.glob("*.safetensors"):
         assert path.read_bytes() == (out / path.name).read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["out", "whole"]
+
+
+def test_without_data_and_with_a_line_of_progress(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITWRIGHT_CACHE", str(tmp_path / "cache"))
+    said: list[tuple[int, int, str]] = []
+    options = {**SMALL, "group_size": 32, "data": "self"}
+    _, first = train(llama, tmp_path / "out", progress=lambda *line: said.append(line), **options)
+    assert len(first.losses) == 4
+    assert sum("writes its own text" in note for *_, note in said) > 0
+    steps = [(done, total) for done, total, note in said if note.startswith("loss")]
+    assert steps == [(step, 4) for step in range(4)]  # what the time left is made of
+    line = next(note for done, _, note in said if note.startswith("loss") and done == 3)
+    assert re.fullmatch(r"loss \d\.\d{4}, held out \d\.\d{4}, \d+ tokens/s", line)
+    said.clear()
+    _, again = train(llama, tmp_path / "again", progress=lambda *line: said.append(line), **options)
+    assert again.losses == first.losses
+    assert not any("writes its own text" in note for *_, note in said)
 
 
 def test_numbers_that_overflow_are_named(llama: Path, text: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from bitwright.errors import BadRequest
 from bitwright.methods.rtn import rounded, rtn
-from bitwright.numerics.grids import Grid, IntGrid
+from bitwright.numerics.grids import E8M0, Grid, IntGrid
 from bitwright.numerics.groups import expand, split
 from bitwright.numerics.rounding import decode, encode
 from bitwright.numerics.scales import store_scale
@@ -117,8 +117,15 @@ class _Scales:
             self.leaves["zero"] = q.zero_point_RG.float()
 
     def scale(self) -> Tensor:
-        """At the precision it is stored in, float32."""
-        return store_scale(self._sign_RG * self.leaves["scale"].exp(), self._spec.scale)
+        """At the precision it is stored in, float32; powers of two to the nearest one, so that
+        a scale does not stand at the border of the next."""
+        log_RG = self.leaves["scale"]
+        if self._spec.scale == E8M0:
+            log_RG = torch.round(log_RG / math.log(2))
+            size_RG = torch.ldexp(torch.ones_like(log_RG), log_RG.int())
+        else:
+            size_RG = log_RG.exp()
+        return store_scale(self._sign_RG * size_RG, self._spec.scale)
 
     def full_scale(self) -> Tensor:
         """Times the global scale, if there is one: what a level is multiplied by."""
