@@ -34,8 +34,9 @@ from bitwright.schemes.scheme import Scheme
 CPU = torch.device("cpu")
 
 __all__ = [
-    "EFFORTS", "Prediction", "Prepared", "calibration_tokens", "evaluate", "execute", "generate",
-    "inspect", "load", "load_tokenizer", "new_cache_of", "prepare", "quantize", "resolve",
+    "EFFORTS", "Prediction", "Prepared", "calibration_tokens", "checked_target", "evaluate",
+    "execute", "generate", "inspect", "load", "load_tokenizer", "new_cache_of", "prepare",
+    "quantize", "resolve",
 ]  # fmt: skip
 
 KV_ROUNDINGS = ("nearest", "feedback")
@@ -68,11 +69,7 @@ def execute(
     progress: Progress = lambda done, total, note: None,
 ) -> Report:
     """Carry out a prepared request; with ``resume`` go on where a stopped run of it was."""
-    target = Path(output).expanduser()
-    if target.exists() and not overwrite:
-        raise BadRequest(f"{target} exists: choose another output or add --overwrite")
-    if target.resolve() == prepared.source.folder.resolve():
-        raise BadRequest("the output is the model itself: choose another folder")
+    target = checked_target(prepared.source, output, overwrite=overwrite)
     plan = prepared.plan
     tokens = None
     if plan.calibration is not None:
@@ -90,6 +87,16 @@ def execute(
         overwrite=overwrite,
         progress=progress,
     )  # fmt: skip
+
+
+def checked_target(source: Checkpoint, output: str | Path, *, overwrite: bool) -> Path:
+    """The folder to write. Raises BadRequest if it exists, or is the model."""
+    target = Path(output).expanduser()
+    if target.exists() and not overwrite:
+        raise BadRequest(f"{target} exists: choose another output or add --overwrite")
+    if target.resolve() == source.folder.resolve():
+        raise BadRequest("the output is the model itself: choose another folder")
+    return target
 
 
 def calibration_tokens(

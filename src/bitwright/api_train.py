@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bitwright.api import calibration_tokens
+from bitwright.api import calibration_tokens, checked_target
 from bitwright.errors import BadRequest, UnknownName
 from bitwright.methods.compose import parse_method
 from bitwright.pipeline.checkpoint import (
@@ -129,9 +130,7 @@ def train(
         model, scheme=scheme, method=init, seed=seed, calibration=calibration,
         samples=calibration_samples, sequence_length=sequence_length, **request,
     )  # fmt: skip
-    target = Path(output).expanduser()
-    if target.exists() and not overwrite:
-        raise BadRequest(f"{target} exists: choose another output or add --overwrite")
+    target = checked_target(prepared.source, output, overwrite=overwrite)
     rates = RATES[learn]
     if lr is not None:
         rates = rates | {MAIN[learn]: lr}
@@ -155,7 +154,7 @@ def train(
         if processes.rank == 0:
             if not resume:
                 shutil.rmtree(setting.folder, ignore_errors=True)
-            _start(setting, resume, progress)
+            _start(setting, resume, processes.device, progress)
         tokens, note = calibration_tokens(
             prepared.source, setting.data, seed, device=processes.device, progress=progress
         )
@@ -212,7 +211,7 @@ def _learning(learn: str, init: str, step_sizes: str | None, recompute: bool) ->
     return Learning(learn == "all", chosen, recompute)
 
 
-def _start(setting: _Setting, resume: bool, progress: Say) -> None:
+def _start(setting: _Setting, resume: bool, device: torch.device, progress: Say) -> None:
     """The quantized checkpoint that training starts from, unless it is there already."""
     prepared, folder = setting.prepared, setting.folder / "start"
     if folder.exists():
@@ -226,8 +225,9 @@ def _start(setting: _Setting, resume: bool, progress: Say) -> None:
     tokens = None
     if prepared.plan.calibration is not None:
         tokens, _ = calibration_tokens(
-            prepared.source, prepared.plan.calibration, prepared.plan.seed, progress=progress
-        )
+            prepared.source, prepared.plan.calibration, prepared.plan.seed,
+            device=device, progress=progress,
+        )  # fmt: skip
     quantize_checkpoint(
         prepared.source, prepared.topology, folder, prepared.plan, prepared.fmt,
         tokens_NT=tokens, resume=resume, progress=progress,

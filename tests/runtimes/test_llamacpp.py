@@ -41,9 +41,10 @@ CASES: dict[str, dict[str, Any]] = {
 K_TYPES = ("Q4_K", "Q5_K", "Q6_K")
 
 
-@pytest.mark.parametrize("case", ["BF16", *CASES, *K_TYPES])
+@pytest.mark.parametrize("case", ["BF16", *CASES, "trained", *K_TYPES])
 def test_llama_cpp_computes_what_bitwright_specifies(
     case: str,
+    request: pytest.FixtureRequest,
     llamacpp_interpreter: Path,
     smollm2: Path,
     tmp_path: Path,
@@ -59,7 +60,10 @@ def test_llama_cpp_computes_what_bitwright_specifies(
         round_inputs(model)
     else:
         twin = tmp_path / "twin"
-        bitwright.quantize(source.folder, twin, group_size=32, **CASES[case])
+        if case == "trained":
+            twin = request.getfixturevalue("trained")
+        else:
+            bitwright.quantize(source.folder, twin, group_size=32, **CASES[case])
         done = convert(twin, folder, format="gguf")
         assert done.requantized == {}
         model = load_model(resolve(twin), dtype=torch.float32)

@@ -51,16 +51,20 @@ INPUT_CASES: dict[str, dict[str, Any]] = {
 INPUT_LIMITS = {"fp8-dynamic": 0.02}  # 3 bits of mantissa: more inputs lie near a border
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "trained"])
 def test_vllm_computes_what_bitwright_specifies(
     case: str,
+    request: pytest.FixtureRequest,
     vllm_interpreter: Path,
     smollm2: Path,
     tmp_path: Path,
     note: Callable[[str], None],
 ) -> None:
     folder = tmp_path / "model"
-    bitwright.quantize(smollm2, folder, **({"scheme": "W4A16"} | CASES[case]))
+    if case == "trained":
+        folder = request.getfixturevalue("trained")
+    else:
+        bitwright.quantize(smollm2, folder, **({"scheme": "W4A16"} | CASES[case]))
     model = load_model(resolve(folder), dtype=torch.float32)
     tokenizer = load_tokenizer(resolve(folder))
     prompts = [

@@ -176,6 +176,8 @@ def test_what_cannot_be_done_is_said_first(llama: Path, text: Path, tmp_path: Pa
                 step_sizes=step_sizes)  # fmt: skip
     refused(BadRequest, "unknown device", device="tpu")
     refused(UnknownName, "unknown scheme", scheme="W9A16")
+    with pytest.raises(BadRequest, match="the output is the model itself"):
+        train(llama, llama, data=str(text), group_size=32, init="rtn", overwrite=True)
     (tmp_path / "out").mkdir()
     with pytest.raises(BadRequest, match="exists"):
         train(llama, tmp_path / "out", data=str(text))
