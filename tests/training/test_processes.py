@@ -50,7 +50,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 @posix
 def test_two_processes_learn_what_one_does(model_of: Any, text: Path, tmp_path: Path) -> None:
-    half = make_model(tmp_path / "bfloat16", dtype=torch.bfloat16)
+    half = make_model(tmp_path / "bfloat16", dtype=torch.bfloat16, tie_word_embeddings=True)
     jobs: list[Job] = []
     for index, (kind, options) in enumerate(CASES.values()):
         model = half if kind == "bfloat16" else model_of(kind)
