@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from bitwright import quantize
 from bitwright import report as make_report
 from bitwright.errors import BadRequest
 from bitwright.evaluation.report import charts, collect
-from bitwright.evaluation.report.page import pareto
+from bitwright.evaluation.report.page import Candidate, pareto, render
 from bitwright.methods.rtn import rtn
 from bitwright.numerics.grids import IntGrid
 from bitwright.numerics.groups import per_group
@@ -107,6 +108,26 @@ def test_everything_is_there(page: Page) -> None:
         torch.__version__,
     ):
         assert words in page.text, words
+
+
+def test_bits_per_layer_are_drawn_where_they_differ() -> None:
+    def row(layer: int, bits: float, ignored: str = "") -> dict[str, Any]:
+        return {"name": f"model.layers.{layer}.mlp.up_proj", "bits_per_weight": bits,
+                "error": None, "ignored": ignored}  # fmt: skip
+
+    def page(*rows: dict[str, Any]) -> str:
+        options = {"allocation": {"estimated_kl": 0.0123, "gap": 0.0015}}
+        numbers = dict.fromkeys(("perplexity", "perplexity_change", "kl_mean", "top1_agreement"))
+        candidate = Candidate("mixed", numbers | {"bits_per_weight": 4.5, "bytes": 1},
+                              {"layers": list(rows), "plan": {"options": options}})  # fmt: skip
+        return render("mixed", [candidate])
+
+    mixed = page(row(0, 4.25), row(1, 3.25), row(2, 16.0, "16 bits by --target-bits"))
+    assert mixed.count('data-chart="bits-0"') == 1
+    for words in ("layer 0 up_proj: 4.25", "layer 1 up_proj: 3.25", "layer 2 up_proj: 16",
+                  "0.0123 nats", "0.15 % better"):  # fmt: skip
+        assert words in mixed
+    assert "bits-0" not in page(row(0, 4.25), row(1, 4.25), row(2, 16.0, "output embedding"))
 
 
 def test_no_network_address_in_the_file(page: Page, tmp_path: Path) -> None:

@@ -49,7 +49,14 @@ def test_a_limit_on_cost_is_kept(groups: dict[str, list[Option]], share: float) 
     limit = least + share * (max(c for _, c in every) - least) + 1e-9
     found = allocate_for_cost(groups, limit)
     assert found.cost <= limit + 1e-6
-    assert found.size <= max(size for size, _ in every)
+    assert found.size == pytest.approx(sum(groups[n][i].size for n, i in found.chosen.items()))
+    assert found.cost == pytest.approx(
+        sum(groups[n][i].cost for n, i in found.chosen.items()), abs=1e-6
+    )
+    best = min(size for size, cost in every if cost <= limit + 1e-9)
+    assert found.bound <= best + 1e-6
+    assert best <= found.size + 1e-6
+    assert found.size * (1 - found.gap) == pytest.approx(found.bound, abs=1e-6)
 
 
 @given(groups=GROUPS, low=st.floats(0, 1), high=st.floats(0, 1))

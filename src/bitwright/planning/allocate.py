@@ -24,17 +24,17 @@ class Option:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Index of the option chosen for every group; ``bound``: no choice costs less than this."""
+    """Index of the option chosen for every group.
+
+    ``bound``: no choice within the limit costs less (`allocate`) or is smaller
+    (`allocate_for_cost`); ``gap``: how much better than this one, relatively, it could be at most.
+    """
 
     chosen: dict[str, int]
     size: float
     cost: float
     bound: float
-
-    @property
-    def gap(self) -> float:
-        """How much better, relatively, any other choice could be at most."""
-        return (self.cost - self.bound) / self.cost if self.cost > 0 else 0.0
+    gap: float
 
 
 def allocate(groups: Mapping[str, Sequence[Option]], budget: float) -> Allocation:
@@ -59,13 +59,15 @@ def allocate(groups: Mapping[str, Sequence[Option]], budget: float) -> Allocatio
             bound = cost - saved * (budget - size) / extra
         if size + extra <= budget and chosen[name] == before:
             chosen[name], size, cost = after, size + extra, cost - saved
-    return Allocation(chosen, size, cost, cost if bound is None else bound)
+    bound = cost if bound is None else bound
+    return Allocation(chosen, size, cost, bound, (cost - bound) / cost if cost > 0 else 0.0)
 
 
 def allocate_for_cost(groups: Mapping[str, Sequence[Option]], limit: float) -> Allocation:
-    """The least total size with a total cost of at most ``limit``, whole steps of the hulls.
+    """The least total size with a total cost of at most ``limit``.
 
-    Raises BadRequest if even the best options cost more.
+    Hull steps are taken until the limit is met, then those taken back that turn out not to be
+    needed, largest first. Raises BadRequest if even the best options cost more.
     """
     best = sum(min(option.cost for option in options) for options in groups.values())
     if best > limit:
@@ -76,13 +78,25 @@ def allocate_for_cost(groups: Mapping[str, Sequence[Option]], limit: float) -> A
     hulls = {name: hull(options) for name, options in groups.items()}
     chosen = {name: indices[0] for name, indices in hulls.items()}
     cost = sum(groups[name][index].cost for name, index in chosen.items())
+    size = sum(groups[name][index].size for name, index in chosen.items())
+    bound = size
     for name, before, after in _steps(groups, hulls):
         if cost <= limit:
             break
-        chosen[name] = after
-        cost -= groups[name][before].cost - groups[name][after].cost
-    size = sum(groups[name][index].size for name, index in chosen.items())
-    return Allocation(chosen, size, cost, cost)
+        old, new = groups[name][before], groups[name][after]
+        share = min(1.0, (cost - limit) / (old.cost - new.cost))
+        bound = size + share * (new.size - old.size)
+        chosen[name], size, cost = after, size + new.size - old.size, cost - old.cost + new.cost
+    back = [(name, b, a) for name, b, a in _steps(groups, hulls) if chosen[name] == a]
+    for name, before, after in sorted(back, key=lambda s: -groups[s[0]][s[2]].size):
+        old, new = groups[name][before], groups[name][after]
+        if cost + old.cost - new.cost <= limit:
+            chosen[name], size, cost = (
+                before,
+                size - new.size + old.size,
+                cost + old.cost - new.cost,
+            )
+    return Allocation(chosen, size, cost, bound, (size - bound) / size if size > 0 else 0.0)
 
 
 def hull(options: Sequence[Option]) -> list[int]:

@@ -126,6 +126,8 @@ def _view(candidate: Candidate, index: int) -> dict[str, Any]:
         "notes": candidate.report.get("notes", []),
         "linears": candidate.report.get("linears", {}),
         "heat": _heat(measured, index),
+        "widths": _widths(rows, index),
+        "allocation": candidate.report.get("plan", {}).get("options", {}).get("allocation"),
         "measured": sorted({row["measured"] for row in measured}),
         "worst": sorted(measured, key=lambda row: -row["error"])[:8],
         "weights": [
@@ -146,15 +148,27 @@ def _view(candidate: Candidate, index: int) -> dict[str, Any]:
 
 
 def _heat(rows: Sequence[Mapping[str, Any]], index: int) -> Markup | None:
+    return _per_layer(f"heat-{index}", rows, "error", "relative error")
+
+
+def _widths(rows: Sequence[Mapping[str, Any]], index: int) -> Markup | None:
+    """Bits per weight of every Linear, where they are not all the same."""
+    known = [row for row in rows if not row.get("ignored") or row["ignored"].startswith("16 bits")]
+    if len({round(row["bits_per_weight"]) for row in known}) < 2:
+        return None
+    return _per_layer(f"bits-{index}", known, "bits_per_weight", "bits per weight")
+
+
+def _per_layer(name: str, rows: Sequence[Mapping[str, Any]], key: str, what: str) -> Markup | None:
     values: dict[tuple[str, str], float] = {}
     for row in rows:
-        key = layer_and_kind(row["name"])
-        values[key] = max(float(row["error"]), values.get(key, 0.0))  # experts: the worst one
+        place = layer_and_kind(row["name"])
+        values[place] = max(float(row[key]), values.get(place, 0.0))  # experts: the worst one
     if not values:
         return None
     lines = sorted({layer for layer, _ in values}, key=lambda x: int(x) if x.isdigit() else -1)
     kinds = list(dict.fromkeys(kind for _, kind in values))
-    return Markup(charts.heat_map(f"heat-{index}", lines, kinds, values, "relative error"))
+    return Markup(charts.heat_map(name, lines, kinds, values, what))
 
 
 def _weight_chart(weight: Mapping[str, Any], name: str) -> str:
