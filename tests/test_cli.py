@@ -192,6 +192,30 @@ def test_help(command: str, run: Run) -> None:
     assert "Usage" in ran.out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("plan",), "Missing argument 'model' (see bitwright plan --help)"),
+        (("quantize", "a", "b", "--target-bits", "four"), "'--target-bits'"),
+        (("quantize", "a", "b", "--target-bits", 1), "'--target-bits'"),
+        (("report", "a"), "Missing option '--output'"),
+        (("compare", "a", "--schemes", "W4A16", "-o", "c", "--speed"), "No such option"),
+        (("frobnicate",), "No such command 'frobnicate'"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments: tuple[object, ...], reason: str, run: Run) -> None:
+    ran = run(*arguments)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert ran.err.startswith("bitwright: ")
+    assert reason in ran.err
+
+
+def test_without_arguments_there_is_help(run: Run) -> None:
+    ran = run()
+    assert (ran.code, ran.err) == (0, "")
+    assert "Usage: bitwright" in ran.out
+
+
 def test_interruption_is_told(
     run: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

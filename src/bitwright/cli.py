@@ -3,7 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,6 +13,8 @@ from bitwright.commands import compare, plan, quantize, report, rotate, train, v
 from bitwright.commands.screen import Json, Model, Quiet, screen
 from bitwright.commands.screen import progress as _progress
 from bitwright.errors import BitwrightError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="Quantize large language models and prove the result.",
@@ -177,21 +179,29 @@ app.command()(compare.compare)
 app.command()(train.train)
 
 
+_UsageError: Any = typer.BadParameter.__bases__[0]  # typer carries its own copy of click
+
+
 def main() -> None:
     """Entry point of the ``bitwright`` command."""
+    arguments = sys.argv[1:] or ["--help"]
     try:
-        app()
+        code = app(arguments, prog_name="bitwright", standalone_mode=False)
     except BitwrightError as error:
-        message = " ".join(str(error).split())
-        print(f"bitwright: {message}", file=sys.stderr)
-        sys.exit(2)
-    except SystemExit as stop:
-        if stop.code == 130:  # how typer ends on an interrupt
-            print(
-                "bitwright: stopped; no output was changed",
-                file=sys.stderr,
-            )
-        raise
+        _refuse(str(error))
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx else "bitwright"
+        _refuse(f"{error.format_message().rstrip('.')} (see {command} --help)")
+    except typer.Abort:
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        print("bitwright: stopped; no output was changed", file=sys.stderr)
+    sys.exit(code or 0)
+
+
+def _refuse(reason: str) -> NoReturn:
+    print(f"bitwright: {' '.join(reason.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

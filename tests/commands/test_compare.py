@@ -11,7 +11,7 @@ from support.cli import Ran, run_here
 
 import bitwright
 from bitwright.commands.compare import Entry, parse_entries
-from bitwright.errors import BadRequest
+from bitwright.errors import BadRequest, BitwrightError
 from bitwright.evaluation.perplexity import evaluate_model
 from bitwright.evaluation.remember import Remembered
 from bitwright.kernels.cpu_build import why_not_compiled
@@ -169,6 +169,23 @@ def test_other_settings_are_refused(llama: Path, text: Path, tmp_path: Path) -> 
         bitwright.compare(llama, tmp_path / "c", "W8A16", **other)
     found = bitwright.compare(llama, tmp_path / "c", "W8A16", overwrite=True, **other)
     assert found["rows"][0]["windows"] == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        ("gpu", "TPU", "unknown device"),
+        ("effort", "huge", "unknown effort"),
+        ("text", "missing.txt", "is not a file"),
+        ("calibration", "missing.txt", "is not a file"),
+    ],
+)
+def test_wrong_settings_are_refused_before_any_work(
+    setting: str, value: object, reason: str, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BitwrightError, match=reason):
+        bitwright.compare(llama, tmp_path / "c", "W4A16:gptq", **_settings(text) | {setting: value})
+    assert not (tmp_path / "c").exists()
 
 
 def test_when_everything_fails(run: Run, llama: Path, text: Path, tmp_path: Path) -> None:

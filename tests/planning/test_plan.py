@@ -251,6 +251,7 @@ def test_measured_kernels_are_named(llama70: Path, tmp_path: Path) -> None:
     ("options", "error", "message"),
     [
         ({"gpu": "TPU"}, UnknownName, "known: "),
+        ({"gpu": " , "}, BadRequest, "no device"),
         ({"priority": "beauty"}, UnknownName, "latency"),
         ({"kv_bits": 3}, BadRequest, "16, 8 or 4"),
         ({"context": 0}, BadRequest, "--context 0"),

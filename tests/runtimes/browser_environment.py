@@ -14,7 +14,11 @@ PLAYWRIGHT = "playwright==1.65.2"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chromium-headless-shell")
 DEBIAN = ("chromium-headless-shell", "fonts-dejavu-core", "fontconfig-config")
 FONTS = """<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "urn:fontconfig:fonts.dtd">
-<fontconfig><dir>/usr/share/fonts</dir><dir>{fonts}</dir><cachedir>{cache}</cachedir></fontconfig>
+<fontconfig>
+<dir>/usr/share/fonts</dir><dir>{folder}/usr/share/fonts</dir><cachedir>{folder}/font-cache</cachedir>
+<include ignore_missing="yes">/etc/fonts/conf.d</include>
+<include ignore_missing="yes">{folder}/etc/fonts/conf.d</include>
+</fontconfig>
 """
 
 
@@ -28,7 +32,7 @@ def browser() -> tuple[Path, str]:
     if installed is not None:
         return python, installed
     try:
-        folder = made_once("chromium-debian", " ".join(DEBIAN), _unpack_debian)
+        folder = made_once("chromium-debian", " ".join(DEBIAN) + FONTS, _unpack_debian)
         return python, str(folder / "chromium")
     except CannotInstallError as debian:
         try:
@@ -63,10 +67,11 @@ def _unpack_debian(folder: Path) -> None:
         raise CannotInstallError("Debian's package holds no headless Chromium")
     libraries = ":".join(sorted({str(file.parent) for file in folder.rglob("*.so*")}))
     fonts = folder / "fonts.conf"
-    fonts.write_text(FONTS.format(fonts=folder / "usr/share/fonts", cache=folder / "font-cache"))
+    fonts.write_text(FONTS.format(folder=folder), encoding="utf-8")
     script = folder / "chromium"
     script.write_text(
         f'#!/bin/sh\nexport FONTCONFIG_FILE="{fonts}" LD_LIBRARY_PATH="{libraries}"\n'
-        f'exec "{programs[0]}" "$@"\n'
+        f'exec "{programs[0]}" "$@"\n',
+        encoding="utf-8",
     )
     script.chmod(0o755)

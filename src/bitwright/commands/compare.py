@@ -89,7 +89,9 @@ def compare_schemes(
         "group_size": str(group_size), "effort": effort, "seed": seed, "gpu": gpu,
     }  # fmt: skip
     entries = parse_entries(schemes)
-    comparison = Comparison(model, Path(output).expanduser(), settings, command, overwrite)
+    calibrates = any(entry.method != "rtn" for entry in entries)
+    folder = Path(output).expanduser()
+    comparison = Comparison(model, folder, settings, command, overwrite, calibrates)
     for index, entry in enumerate(entries):
         if comparison.is_done(entry):
             continue

@@ -13,7 +13,7 @@ from bitwright.api import calibration_tokens, load_tokenizer, prepare, resolve
 from bitwright.commands.compare import Entry, Progress
 from bitwright.commands.measure import candidate_of
 from bitwright.commands.record import describe, read_json, versions, write_json
-from bitwright.errors import BadRequest, BitwrightError
+from bitwright.errors import BadRequest, BitwrightError, UnknownName
 from bitwright.evaluation.remember import Remembered
 from bitwright.evaluation.report.page import Candidate, render, write
 from bitwright.evaluation.speed import tokens_per_second
@@ -22,8 +22,8 @@ from bitwright.pipeline.memory import return_freed_memory
 from bitwright.pipeline.report import Report
 from bitwright.pipeline.run import quantize_checkpoint
 from bitwright.pipeline.texts import evaluation_windows, first_tokens
-from bitwright.planning.plan import predicted_tokens_per_second
-from bitwright.request import Prepared
+from bitwright.planning.plan import named_device, predicted_tokens_per_second
+from bitwright.request import EFFORTS, Prepared
 from bitwright.runtime.load import format_of, load_model, runs_as_stored
 from bitwright.schemes.plan import Calibration
 
@@ -38,6 +38,7 @@ class Comparison:
         settings: dict[str, Any],
         command: str,
         overwrite: bool,
+        calibrates: bool,
     ) -> None:
         self.source = resolve(model)
         if format_of(self.source) is not None:
@@ -59,6 +60,7 @@ class Comparison:
                 f"{folder} holds a comparison with another {', '.join(other)}: choose another "
                 "output, the same settings, or --overwrite"
             )
+        self._require_settings(calibrates)
         if overwrite:
             for part in ("details", "checkpoints"):
                 shutil.rmtree(folder / part, ignore_errors=True)
@@ -72,6 +74,17 @@ class Comparison:
             "perplexity": None,
         }
         self.rows: dict[str, dict[str, Any]] = {row["name"]: row for row in known.get("rows", [])}
+
+    def _require_settings(self, calibrates: bool) -> None:
+        """Refuse, before any work, what would make every row fail."""
+        named_device(self.settings["gpu"])
+        if self.settings["effort"] not in EFFORTS:
+            raise UnknownName(
+                f"unknown effort {self.settings['effort']!r}; known: {', '.join(EFFORTS)}"
+            )
+        _ = self.windows
+        if calibrates and self.settings["calibration"] != "self":  # the model takes long to write
+            _ = self.tokens
 
     def is_done(self, entry: Entry) -> bool:
         """Whether there is a finished row with its details; failed ones are tried again."""

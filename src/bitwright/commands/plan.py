@@ -64,7 +64,10 @@ def plan(
 
 def _show(found: dict[str, Any], explain: bool) -> None:
     details, out = found["details"], Console()
-    out.print(f"{found['parameters'] / 1e9:.2f} billion parameters")
+    count = found["parameters"]
+    out.print(
+        f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million", "parameters"
+    )
     for note in details["model"]["notes"]:
         out.print(f"[yellow]note[/] {note}")
     size = f"{details['context']} tokens, {details['concurrency']} sequences"

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -110,6 +111,7 @@ def quantize(
     from bitwright import api
     from bitwright.api_allocate import mixed_precision
     from bitwright.commands import record
+    from bitwright.pipeline.checkpoint import require_absent
 
     quiet = quiet or as_json
     _require_device(device)
@@ -143,11 +145,15 @@ def quantize(
         trust_remote_code=trust_remote_code,
     )
     if target_bits is not None or max_kl is not None:
+        if not dry_run:  # before a minute of estimating, not after
+            require_absent(Path(out).expanduser(), overwrite=overwrite)
         with _progress(quiet) as advance:
             prepared, _ = mixed_precision(
                 prepared, target_bits=target_bits, max_kl=max_kl, choices=_widths(choices),
                 runtime=runtime, progress=advance,
             )  # fmt: skip
+    elif choices is not None:
+        raise BadRequest("--choices is for --target-bits or --max-kl: give one of them")
     if not quiet:
         for note in prepared.plan.notes:
             screen.print(f"[yellow]note[/] {note}")

@@ -187,6 +187,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 _FINAL = re.compile(r"model(?:-(\d{5})-of-\d{5})?\.safetensors")
 
 
+def require_absent(target: Path, *, overwrite: bool) -> None:
+    """Raises BadRequest if there is something at ``target`` that may not be replaced."""
+    if target.exists() and not overwrite:
+        raise BadRequest(f"{target} exists: choose another output or add --overwrite")
+
+
 class CheckpointWriter:
     """Writes shards into a hidden folder next to ``target``; `commit` renames it into place.
 
@@ -195,8 +201,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, target: Path, *, overwrite: bool, resume: bool = False) -> None:
-        if target.exists() and not overwrite:
-            raise BadRequest(f"{target} exists: choose another output or add --overwrite")
+        require_absent(target, overwrite=overwrite)
         self.target = target
         self.folder = target.parent / f".{target.name}.partial"
         self.scratch = target.parent / f".{target.name}.work"

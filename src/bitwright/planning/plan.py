@@ -61,8 +61,10 @@ def plan(
     or 4. ``measured``: a file of kernel measurements. Raises BadRequest, UnknownName,
     BadCheckpoint or UnsupportedModel.
     """
-    names = gpu.split(",") if isinstance(gpu, str) else list(gpu)
-    devices = {d.name: d for d in (_device(name) for name in names)}
+    names = [n for n in (gpu.split(",") if isinstance(gpu, str) else gpu) if n.strip()]
+    if not names:
+        raise BadRequest("--gpu names no device: give, for example, A100-80GB,H100")
+    devices = {d.name: d for d in (named_device(name) for name in names)}
     if "CPU" in devices:
         devices["CPU"] = measured_cpu(
             devices["CPU"],
@@ -129,7 +131,7 @@ def predicted_tokens_per_second(
 
     Raises UnknownName for a device or scheme that is not known.
     """
-    device, facts, costs = _device(gpu), model_facts(model), overheads()
+    device, facts, costs = named_device(gpu), model_facts(model), overheads()
     found: dict[str, float | None] = {}
     for name in schemes:
         here = Setting(scheme_facts(name), facts, device, 1, 16, kernels(device), costs)
@@ -138,8 +140,8 @@ def predicted_tokens_per_second(
     return found
 
 
-def _device(name: str) -> Device:
-    """A device of the data file, or HERE: this machine's CPU, measured now."""
+def named_device(name: str) -> Device:
+    """A device of the data file, or HERE: this CPU, measured now. Raises UnknownName."""
     return measured_here() if name.strip().upper() == "HERE" else find_device(name)
 
 
