@@ -2,10 +2,9 @@
 
     python benchmarks/kquants.py MODEL LIBRARY [--layers N]
 
-LIBRARY is a shared library that exports ``ggml_quantize_chunk`` (libggml-base.so of any llama.cpp
-build). Inputs are synthetic: correlated, with log-normal channel sizes, the same for both sides;
-llama.cpp gets their mean squares as its importance matrix. Prints one JSON object per type with
-mean relative errors.
+See ggml.py for LIBRARY; gguf_quality.py compares whole models in perplexity. Inputs are synthetic:
+correlated, with log-normal channel sizes, the same for both sides; llama.cpp gets their mean
+squares as its importance matrix. Prints one JSON object per type with mean relative errors.
 """
 
 import argparse
@@ -16,11 +15,10 @@ import time
 from pathlib import Path
 
 import gguf
-import numpy as np
 import torch
+from ggml import load_library, quantized_rows
 from gguf.quants import dequantize as gguf_dequantize
 
-from bitwright.formats.gguf import BLOCK_SHAPES
 from bitwright.methods.kquant import kquant
 from bitwright.methods.objective import relative_output_error
 from bitwright.pipeline.checkpoint import open_checkpoint
@@ -29,30 +27,11 @@ from bitwright.schemes.scheme import parse_scheme
 from bitwright.schemes.stats import InputStats
 
 
-def load_library(path: str) -> ctypes.CDLL:
-    library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
-        ctypes.c_int64, ctypes.c_void_p,
-    ]  # fmt: skip
-    return library
-
-
 def theirs(
     library: ctypes.CDLL, weight: torch.Tensor, kind: str, importance: torch.Tensor | None
 ) -> torch.Tensor:
-    rows, cols = weight.shape
-    values = np.ascontiguousarray(weight.numpy(), dtype=np.float32)
-    weights, size = BLOCK_SHAPES[kind]
-    data = np.zeros((rows, cols // weights * size), dtype=np.uint8)
-    number = gguf.GGMLQuantizationType[kind]
-    matrix = None if importance is None else np.ascontiguousarray(importance.float().numpy())
-    address = None if matrix is None else matrix.ctypes.data
-    library.ggml_quantize_chunk(
-        int(number), values.ctypes.data, data.ctypes.data, 0, rows, cols, address
-    )
-    return torch.from_numpy(gguf_dequantize(data, number))
+    data = quantized_rows(library, weight, kind, importance).numpy()
+    return torch.from_numpy(gguf_dequantize(data, gguf.GGMLQuantizationType[kind]))
 
 
 def inputs(width: int, seed: int) -> InputStats:

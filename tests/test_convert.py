@@ -20,6 +20,7 @@ from bitwright.runtime.load import format_of, load_model, read_layer
 from bitwright.schemes.quantized import QuantizedLinear, dequantize
 
 TOKENS = torch.arange(3, 40)[None]
+CACHED = {"samples": 4, "sequence_length": 32}  # enough for scales of a cache
 Maker = Callable[..., Path]
 
 
@@ -185,6 +186,55 @@ def test_other_refusals(llama: Path, made: Maker, tmp_path: Path) -> None:
         convert(start, tmp_path / "full", format="gptq")
     convert(start, tmp_path / "full", format="gptq", overwrite=True)
     assert len(layers(tmp_path / "full")) == 14
+
+
+def test_cache_scales_go_where_both_formats_have_a_place(made: Maker, tmp_path: Path) -> None:
+    start = made(scheme="W8A8-FP8-KV8-FP8", **CACHED)
+    done = convert(start, tmp_path / "modelopt", format="modelopt")
+    assert done.requantized == {}
+    stored = everything(tmp_path / "modelopt")
+    key = stored["model.layers.1.self_attn.k_proj.k_scale"]
+    assert key.shape == ()
+    assert torch.equal(key.reshape(1), everything(start)["model.layers.1.self_attn.k_scale"])
+    assert not any(name.endswith("self_attn.k_scale") for name in stored)
+    convert(tmp_path / "modelopt", tmp_path / "back", format="compressed-tensors")
+    before, after = everything(start), everything(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for name, value in before.items():  # modelopt's scales are float32
+        assert torch.equal(value.float(), after[name].float().view_as(value)), name
+    configs = [
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (start, tmp_path / "back")
+    ]
+    assert configs[0]["kv_cache_scheme"] == configs[1]["kv_cache_scheme"]
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 20)
+    scores = [
+        bitwright.evaluate(folder, text=str(text), windows=2, sequence_length=16).perplexity
+        for folder in (start, tmp_path / "modelopt", tmp_path / "back")
+    ]
+    assert scores[0] == scores[1] == scores[2]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format", "why"),
+    [
+        ("W4A16-KV8-FP8", "gptq", "gptq cannot store the scales"),
+        ("W8A8-FP8-KV8-INT8", "modelopt", "an FP8 cache with static scales per tensor"),
+    ],
+)
+def test_a_cache_without_a_place_is_lost_only_on_request(
+    scheme: str, format: str, why: str, made: Maker, tmp_path: Path
+) -> None:
+    group: dict[str, Any] = {"group_size": 32} if scheme.startswith("W4") else {}
+    start = made(scheme=scheme, **group, **CACHED)
+    with pytest.raises(BadRequest, match=f"{why}.*--requantize"):
+        convert(start, tmp_path / "out", format=format)
+    done = convert(start, tmp_path / "out", format=format, requantize=True)
+    assert why in done.requantized["the key-value cache"]
+    assert not any(name.endswith(("k_scale", "v_scale")) for name in everything(tmp_path / "out"))
+    config = open_checkpoint(tmp_path / "out").config["quantization_config"]
+    assert config.get("kv_cache_scheme") is None
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:

@@ -18,19 +18,26 @@ from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, folder_b
 from bitwright.pipeline.memory import return_freed_memory
 from bitwright.pipeline.topology import build_empty, match_names
 from bitwright.runtime.gguf_export import Blocks, check_exportable, export_gguf
-from bitwright.runtime.load import dense_view, format_of, read_layer, stored_config
+from bitwright.runtime.load import (
+    CACHE_SCALES,
+    dense_view,
+    format_of,
+    read_layer,
+    stored_config,
+)
 from bitwright.runtime.source import resolve
 from bitwright.schemes.protocols import Format
-from bitwright.schemes.quantized import QuantizedLinear, dequantize
-from bitwright.schemes.scheme import Scheme
+from bitwright.schemes.quantized import CacheScales, QuantizedLinear, dequantize
+from bitwright.schemes.scheme import Scheme, Spec
 
 SHARD_BYTES = 200_000_000
 REPORT = "quantization_report.json"
+CACHE = "the key-value cache"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written; ``requantized``: layer -> why its codes could not be kept."""
+    """What was written; ``requantized``: layer, or CACHE -> why it could not be kept."""
 
     source_format: str
     format: str
@@ -72,11 +79,6 @@ def convert(
         raise BadRequest(f"{source.folder} is not quantized: use quantize --format {format}")
     if stored.name == fmt.name:
         raise BadRequest(f"{source.folder} is already stored as {format}")
-    if stored.cache_spec(stored_config(source)) is not None and not requantize:
-        raise BadRequest(
-            "the scales of the quantized key-value cache would be lost: add --requantize to drop "
-            "them and leave the cache in 16 bits"
-        )
     if fmt.name == "gguf":
         check_exportable(dense_view(source, stored, stored.quantized_names(set(source.tensors))))
     names = sorted(stored.quantized_names(set(source.tensors)))
@@ -84,10 +86,13 @@ def convert(
     schemes: dict[str, Scheme] = {}
     shapes: dict[str, tuple[int, int]] = {}
     requantized: dict[str, str] = {}
+    cache, reason = _kept_cache(source, stored, fmt, requantize)
+    if reason:
+        requantized[CACHE] = reason
     for index, name in enumerate(names):
         progress(index, len(names), f"checking {name}")
         q, reason = _fitted(name, read_layer(source, stored, name), fmt, symmetric, requantize)
-        schemes[name], shapes[name] = Scheme(q.spec, q.input_spec), q.shape
+        schemes[name], shapes[name] = Scheme(q.spec, q.input_spec, cache), q.shape
         if reason:
             requantized[name] = reason
     if fmt.name == "gguf":
@@ -113,6 +118,9 @@ def convert(
     try:
         for shard in _shards(source, stored, fmt, symmetric, requantize, set(names), progress):
             writer.write_shard(shard)
+        if cache is not None:
+            for attention, scales in _cache_scales(source, stored).items():
+                writer.write_shard(fmt.encode_cache(attention, scales))
         writer.copy_companions(source.folder)
         writer.write_json("config.json", config)
         for file, value in fmt.companions(config["quantization_config"]).items():
@@ -125,6 +133,33 @@ def convert(
     return Conversion(
         stored.name, fmt.name, len(names), requantized, source.nbytes, folder_bytes(target)
     )
+
+
+def _kept_cache(
+    source: Checkpoint, stored: Format, fmt: Format, requantize: bool
+) -> tuple[Spec | None, str]:
+    """How keys and values go on being stored, and why they do not ("" if they do)."""
+    spec = stored.cache_spec(stored_config(source))
+    if spec is None:
+        return None, ""
+    try:
+        fmt.check_cache(spec)
+        for attention, scales in _cache_scales(source, stored).items():
+            fmt.encode_cache(attention, scales)
+    except BadRequest as error:
+        if not requantize:
+            raise BadRequest(f"{error}; --requantize leaves the cache in 16 bits") from error
+        return None, str(error)
+    return spec, ""
+
+
+def _cache_scales(source: Checkpoint, stored: Format) -> dict[str, CacheScales]:
+    """Full name of every attention that has cache scales -> the scales."""
+    tensors = source.read([name for name in source.tensors if name.endswith(CACHE_SCALES)])
+    owners = {name.rpartition(".")[0] for name in tensors}
+    owners |= {owner.rpartition(".")[0] for owner in owners}
+    found = {owner: stored.decode_cache(owner, tensors) for owner in sorted(owners)}
+    return {owner: scales for owner, scales in found.items() if scales is not None}
 
 
 def _fitted(
@@ -212,12 +247,8 @@ def _shards(
     progress: Callable[[int, int, str], None],
 ) -> Iterator[dict[str, Tensor]]:
     """All tensors of the output, a few layers at a time."""
-    cache = {
-        tensor
-        for tensor in source.tensors
-        if tensor.endswith((".k_scale", ".v_scale"))
-        and stored.cache_spec(stored_config(source)) is not None
-    }
+    has_cache = stored.cache_spec(stored_config(source)) is not None
+    cache = {t for t in source.tensors if has_cache and t.endswith(CACHE_SCALES)}
     owners: dict[str, list[str]] = {}
     for tensor in sorted(set(source.tensors) - cache):
         owner = tensor.rpartition(".")[0]

@@ -21,8 +21,8 @@ from bitwright.pipeline.online import transform_config
 from bitwright.pipeline.run import predicted_bytes
 from bitwright.pipeline.topology import Topology, discover, layer_name
 from bitwright.runtime.gguf_export import check_exportable
-from bitwright.runtime.load import format_of
-from bitwright.runtime.source import resolve
+from bitwright.runtime.load import dequantized, format_of
+from bitwright.runtime.source import quantized_gguf, resolve
 from bitwright.schemes.inputs import needs_calibrated_scale
 from bitwright.schemes.plan import Calibration, Layer, Plan, automatic_group_size
 from bitwright.schemes.protocols import Format
@@ -125,8 +125,9 @@ def prepare(
     if parsed.has_static_cache:
         options["kv_search"] = _known("cache range", input_range, ("absmax", "percentile", "mse"))
     source = resolve(model)
-    if format_of(source) is not None:
-        raise BadRequest(f"{source.folder} is already quantized: start from the original model")
+    stored = format_of(source)
+    if stored is not None:
+        source = dequantized(source, stored, trust_remote_code=trust_remote_code)
     if fmt.name != "compressed-tensors" and transform_config(source.config) is not None:
         raise BadRequest(
             f"{source.folder} rotates inputs while running, which only compressed-tensors can "
@@ -145,6 +146,7 @@ def prepare(
     if not kept:
         raise BadRequest("--ignore leaves no layer to quantize")
     parsed, notes = _with_group_size(parsed, group_size, asymmetric, kept)
+    notes += _rounded_before(model, stored)
     layers = [
         Layer(
             name,
@@ -157,7 +159,7 @@ def prepare(
     for name, shape in kept.items():
         fmt.check(name, shape, fmt.fitted(parsed, shape))
     if runtime is not None:
-        require_loadable(runtime, fmt.name, parsed, kept)
+        require_loadable(runtime, fmt.name, parsed, kept, reasons)
     if fmt.name == "gguf":
         check_exportable(source)
     layers += _outside(topology)
@@ -178,6 +180,15 @@ def prepare(
     if memory is not None:
         require_memory(prediction.memory_bytes, parse_size(memory))
     return Prepared(source, topology, plan, fmt, prediction)
+
+
+def _rounded_before(model: str | Path, stored: Format | None) -> list[str]:
+    """What to say of a model that is quantized already."""
+    how = stored.name if stored is not None else quantized_gguf(model)
+    if not how:
+        return []
+    return [f"{model} is quantized already ({how}): its weights are rounded again, at a loss; "
+            "start from the original model if you can"]  # fmt: skip
 
 
 def _search(weight: Spec, *, calibrated: bool) -> str:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from bitwright.evaluation import runners
 from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.texts import read_text, tokenize
 from bitwright.pipeline.topology import match_names
+from bitwright.runtime.kv_load import cache_factory
 from bitwright.runtime.load import dense_view, format_of, load_model, stored_config
 from bitwright.runtime.source import GGUF_FILE, load_tokenizer, resolve
 
@@ -48,6 +49,7 @@ RUNTIMES = {
     "transformers": Runtime("run_transformers.py", "", 4, 64, 1, 0.03),
     "llama.cpp": Runtime("run_llamacpp.py", "", 1, 40, 16, 0.2),
 }
+NewCache = Callable[[], Any] | None
 NEW_TOKENS = 16
 REGRET = 0.5  # how much less likely than the best one, in nats, a greedy token may be
 SENSITIVE = (1.5, 6.0)  # limits of mean difference and regret, in units of `_moved`
@@ -121,6 +123,7 @@ def _checks(
         checkpoint = resolve(path)
         own = load_model(checkpoint, dtype=torch.float32 if runtime != "transformers" else None)
         tokenizer = load_tokenizer(checkpoint)
+        new_cache = cache_factory(checkpoint, own)
     except BitwrightError as error:
         yield Check("bitwright reads it", False, str(error))
         return
@@ -133,7 +136,7 @@ def _checks(
         yield _same_words(tokenizer, load_tokenizer(original), checkpoint, original)
         other = load_model(original, dtype=torch.float32)
         yield _weights(own, other)
-        yield _predictions(own, other, prompts)
+        yield _predictions(own, other, prompts, new_cache)
         del other
     dtype = how.dtype or str(next(own.parameters()).dtype)[6:]
     request = {
@@ -150,7 +153,7 @@ def _checks(
         yield Check(f"{runtime} runs it", False, failure)
         return
     yield Check(f"{runtime} runs it", True, "")
-    yield from _agreement(own, prompts, answer, how, runtime)
+    yield from _agreement(own, prompts, answer, how, runtime, new_cache)
 
 
 def _complete(checkpoint: Checkpoint, own: Any) -> Check:
@@ -255,9 +258,12 @@ def rescaled_error(weight_OI: Tensor, original_OI: Tensor) -> float:
     return float((weight_OI - fitted_OI).norm() / weight_OI.norm().clamp(min=1e-30))
 
 
-def _predictions(own: Any, other: Any, prompts: list[list[int]]) -> Check:
+def _predictions(
+    own: Any, other: Any, prompts: list[list[int]], new_cache: NewCache = None
+) -> Check:
     mine, theirs = (
-        float(torch.cat([_forward(model, p)[0] for p in prompts]).mean()) for model in (own, other)
+        float(torch.cat([_forward(model, p, cache)[0] for p in prompts]).mean())
+        for model, cache in ((own, new_cache), (other, None))
     )
     detail = f"mean log-probability {mine:.3f}, the original's {theirs:.3f}"
     if mine < theirs - WORST_GAP:
@@ -267,16 +273,21 @@ def _predictions(own: Any, other: Any, prompts: list[list[int]]) -> Check:
 
 
 def _agreement(
-    own: Any, prompts: list[list[int]], answer: Mapping[str, Any], how: Runtime, runtime: str
+    own: Any,
+    prompts: list[list[int]],
+    answer: Mapping[str, Any],
+    how: Runtime,
+    runtime: str,
+    new_cache: NewCache = None,
 ) -> Iterator[Check]:
     """Log-probabilities of the prompts, and how good the runtime's greedy tokens are."""
     differences, regrets, moved, equal = [], [], [], 0
     rows = zip(prompts, answer["logprobs"], answer["tokens"], strict=True)
     for prompt, logprobs, tokens in rows:
-        own_T, all_TV = _forward(own, prompt + tokens)
+        own_T, all_TV = _forward(own, prompt + tokens, new_cache)
         theirs = torch.tensor(logprobs)
         differences.append((own_T[how.first - 1 : len(prompt) - 1] - theirs).abs())
-        moved.append(_moved(own, prompt + tokens, own_T))
+        moved.append(_moved(own, prompt + tokens, own_T, new_cache))
         after_TV = all_TV[len(prompt) - 1 : -1]
         regret = after_TV.amax(-1) - own_T[len(prompt) - 1 :]
         regrets.append(regret)
@@ -301,14 +312,19 @@ def _agreement(
 
 
 @torch.no_grad()
-def _forward(model: Any, ids: list[int]) -> tuple[Tensor, Tensor]:
-    """(log-probability of every token after the first (T - 1,), all of them (T, V))."""
+def _forward(model: Any, ids: list[int], new_cache: NewCache = None) -> tuple[Tensor, Tensor]:
+    """(log-probability of every token after the first (T - 1,), all of them (T, V)).
+
+    Keys and values go through the cache that ``new_cache`` makes, if the checkpoint rounds them.
+    """
     tokens = torch.tensor(ids)
-    all_TV = model(input_ids=tokens[None], use_cache=False).logits[0].float().log_softmax(-1)
+    cache = None if new_cache is None else new_cache()
+    out = model(input_ids=tokens[None], past_key_values=cache, use_cache=cache is not None)
+    all_TV = out.logits[0].float().log_softmax(-1)
     return all_TV[:-1].gather(1, tokens[1:, None])[:, 0], all_TV
 
 
-def _moved(model: Any, ids: list[int], before_T: Tensor) -> float:
+def _moved(model: Any, ids: list[int], before_T: Tensor, new_cache: NewCache) -> float:
     """How far log-probabilities move when embeddings change by float16's rounding, on average.
 
     Low-bit inputs make a model chaotic: an input that falls on the other side of a rounding
@@ -322,7 +338,7 @@ def _moved(model: Any, ids: list[int], before_T: Tensor) -> float:
 
     hook = model.get_input_embeddings().register_forward_hook(shaken)
     try:
-        after_T, _ = _forward(model, ids)
+        after_T, _ = _forward(model, ids, new_cache)
     finally:
         hook.remove()
     return float((after_T - before_T).abs().mean())

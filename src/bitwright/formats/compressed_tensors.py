@@ -137,6 +137,10 @@ class CompressedTensors:
             input_scale=input_scale,
         )
 
+    def check_cache(self, spec: Spec) -> None:
+        """All that the package has arguments for."""
+        cache_arguments_of([spec])
+
     def encode_cache(self, attention: str, scales: CacheScales) -> dict[str, Tensor]:
         """``attention.k_scale`` and ``v_scale``, (1,) or (H, 1, 1)."""
         return {

@@ -37,6 +37,7 @@ ALGORITHMS: dict[str, Scheme] = {
     "W4A16_NVFP4": parse_scheme("NVFP4A16"),
 }
 _CACHE = parse_scheme("W8A16-KV8-FP8").kv_cache
+_FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
 _PRODUCER = {"name": "modelopt", "version": "0.40.0"}  # readers refuse any other name
 
 
@@ -61,8 +62,8 @@ class ModelOpt:
                 f"block), NVFP4 and NVFP4A16, not this {scheme.name}: try --activations static "
                 "--granularity tensor"
             )
-        if scheme.kv_cache not in (None, _CACHE):
-            raise BadRequest(f"{name}: modelopt stores an FP8 cache with static scales per tensor")
+        if scheme.kv_cache is not None:
+            self.check_cache(scheme.kv_cache)
         step = 128 if algorithm == "FP8_PB_WO" else 1
         if shape[0] % step or shape[1] % step:
             raise BadShape(f"{name}: modelopt needs widths in multiples of 128 for blocks, not "
@@ -129,6 +130,11 @@ class ModelOpt:
             input_scale=input_scale,
         )  # fmt: skip
 
+    def check_cache(self, spec: Spec) -> None:
+        """FP8 with static scales per tensor."""
+        if spec != _CACHE:
+            raise BadRequest("modelopt stores an FP8 cache with static scales per tensor")
+
     def encode_cache(self, attention: str, scales: CacheScales) -> dict[str, Tensor]:
         """``k_proj.k_scale`` and ``v_proj.v_scale``. Raises BadRequest for scales per head."""
         if len(scales.key) != 1 or len(scales.value) != 1:
@@ -147,11 +153,13 @@ class ModelOpt:
         return CacheScales(key.float().reshape(-1), value.float().reshape(-1))
 
     def cache_spec(self, config: Mapping[str, Any]) -> Spec | None:
-        """FP8 per tensor, or 16 bits."""
-        legacy = config.get("quantization") or {}
-        if config.get("kv_cache_scheme") or legacy.get("kv_cache_quant_algo"):
-            return _CACHE
-        return None
+        """FP8 per tensor, or 16 bits. Raises BadCheckpoint for what else there may be."""
+        algorithm = (config.get("quantization") or {}).get("kv_cache_quant_algo")
+        said = config.get("kv_cache_scheme") or {}
+        other = bool(said) and any(said.get(key) != value for key, value in _FP8_CACHE.items())
+        if other or algorithm not in (None, "FP8"):
+            raise BadCheckpoint(f"modelopt's cache {algorithm or said} cannot be read; known: FP8")
+        return _CACHE if said or algorithm else None
 
     def quantized_names(self, tensor_names: set[str]) -> set[str]:
         """Layers that have weight scales."""
@@ -177,7 +185,7 @@ class ModelOpt:
         group = {"weights": weights, "targets": ["Linear"]}
         if inputs is not None:
             group["input_activations"] = inputs
-        cache = {"dynamic": False, "num_bits": 8, "type": "float"} if scheme.kv_cache else None
+        cache = dict(_FP8_CACHE) if scheme.kv_cache else None
         return {
             "quant_method": "modelopt",
             "quant_algo": algorithm,

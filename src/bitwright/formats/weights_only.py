@@ -15,6 +15,11 @@ class WeightsOnly:
 
     name: str
 
+    def check_cache(self, spec: Spec) -> None:
+        """Raises BadRequest: there is no place for scales."""
+        raise BadRequest(f"{self.name} cannot store the scales of a quantized cache: write "
+                         "compressed-tensors or modelopt")  # fmt: skip
+
     def encode_cache(self, attention: str, scales: CacheScales) -> dict[str, Tensor]:
         """Raises BadRequest: there is no place for them."""
         raise BadRequest(f"{attention}: {self.name} cannot store the scales of a quantized cache")

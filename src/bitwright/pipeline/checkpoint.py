@@ -5,9 +5,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors: header facts of every tensor, data read only when asked."""
+    """A folder of safetensors: header facts of every tensor, data read only when asked.
+
+    ``computed``: tensors that are made when they are read instead, such as dequantized weights.
+    """
 
     folder: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
+    computed: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -73,16 +77,18 @@ class Checkpoint:
         written to.
         Raises BadTensor for a floating-point tensor that is not finite.
         """
+        names = list(names)
+        out = {name: self.computed[name]() for name in names if name in self.computed}
+        stored = [name for name in names if name not in self.computed]
         pieces: list[tuple[str, list[str]]] = []
         size = 0
-        for name in sorted(names, key=lambda name: self.tensors[name].file):
+        for name in sorted(stored, key=lambda name: self.tensors[name].file):
             info = self.tensors[name]
             size += info.nbytes
             if not pieces or pieces[-1][0] != info.file or (size > MAPPED_BYTES and not mapped):
                 pieces.append((info.file, []))
                 size = info.nbytes
             pieces[-1][1].append(name)
-        out: dict[str, Tensor] = {}
         for file, wanted in pieces:
             with _open(self.folder / file) as handle:
                 for name in wanted:

@@ -13,6 +13,13 @@ from pathlib import Path
 import torch
 
 from bitwright.errors import BadCheckpoint
+from bitwright.pipeline.gguf_header import read_header
+
+# What transformers and the gguf package raise for a file they cannot make sense of.
+UNREADABLE = (
+    ValueError, LookupError, OSError, RuntimeError, TypeError, AttributeError, ArithmeticError,
+    AssertionError,
+)  # fmt: skip
 
 
 def cache_folder() -> Path:
@@ -26,9 +33,7 @@ def gguf_folder(file: Path) -> Path:
     Keyed by path, size and time. Raises BadCheckpoint if the file is not a GGUF model that
     transformers can read.
     """
-    with file.open("rb") as handle:
-        if handle.read(4) != b"GGUF":
-            raise BadCheckpoint(f"{file} is not a GGUF file")
+    read_header(file)
     status = file.stat()
     key = f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}"
     folder = (
@@ -60,7 +65,7 @@ def _convert(file: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
+    except UNREADABLE as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise BadCheckpoint(f"{file} cannot be read as a GGUF model: {first}") from error
     model.config.name_or_path = file.stem

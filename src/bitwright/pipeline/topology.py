@@ -106,8 +106,7 @@ def build_empty(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> n
         config = AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-        if "quantization_config" in checkpoint.config:
-            del config.quantization_config
+        vars(config).pop("quantization_config", None)
         sees = type(config) in AutoModelForImageTextToText._model_mapping
         kind_of_model = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         with init_empty_weights(include_buffers=False):

@@ -10,7 +10,7 @@ from bitwright.pipeline.cache_scales import attentions
 from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.runtime.key_feedback import key_feedback
 from bitwright.runtime.kv_cache import QuantizedKVCache, check_cache_spec
-from bitwright.runtime.load import format_of
+from bitwright.runtime.load import format_of, stored_config
 from bitwright.schemes.protocols import Format
 from bitwright.schemes.quantized import CacheScales
 
@@ -28,7 +28,7 @@ def cache_factory(
     UnsupportedModel if its queries cannot be seen.
     """
     fmt = format_of(checkpoint)
-    spec = fmt.cache_spec(checkpoint.config["quantization_config"]) if fmt else None
+    spec = fmt.cache_spec(stored_config(checkpoint)) if fmt else None
     if fmt is None or spec is None:
         return None
     check_cache_spec(spec)

@@ -21,6 +21,8 @@ from bitwright.schemes.quantized import QuantizedLinear, dequantize
 OLDER_NAMES = {"auto_gptq": "gptq", "auto_awq": "awq"}
 COMPANIONS = ("quantize_config.json", "quant_config.json")
 MODELOPT = "hf_quant_config.json"
+CONFIGS = ("quantization_config", "compression_config")
+CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
 # Called with (parameter name, layer name in the checkpoint, the layer).
 Observe = Callable[[str, str, QuantizedLinear], None]
 # What arithmetic on tensors and values of a wrong kind raises, where a format did not look first.
@@ -33,6 +35,8 @@ def stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
     Older tools say it in a file of its own, or under the key ``compression_config``; the key
     quant_method is filled in where it is missing or goes by another name.
     """
+    if checkpoint.computed:  # what `dequantized` made
+        return {}
     config = checkpoint.config.get("quantization_config")
     config = config or checkpoint.config.get("compression_config") or _companion(checkpoint)
     if not config:
@@ -188,3 +192,44 @@ def dense_view(checkpoint: Checkpoint, fmt: Format, quantized: set[str]) -> Chec
     for name in quantized:
         tensors[f"{name}.weight"] = TensorInfo("", (), torch.bfloat16)
     return Checkpoint(checkpoint.folder, checkpoint.config, tensors)
+
+
+def dequantized(
+    checkpoint: Checkpoint, fmt: Format, *, trust_remote_code: bool = False
+) -> Checkpoint:
+    """A quantized checkpoint as an unquantized one: weights are dequantized when they are read.
+
+    Inputs and cache are no longer rounded. Raises BadCheckpoint or BadTensor for layers that do
+    not fit the model, when they are read also for damaged ones.
+    """
+    quantized = fmt.quantized_names(set(checkpoint.tensors))
+    view = dense_view(checkpoint, fmt, quantized)
+    model, dtype = build_empty(view, trust_remote_code=trust_remote_code), compute_dtype(view)
+    has_cache = fmt.cache_spec(stored_config(checkpoint)) is not None
+    tensors = {
+        name: info
+        for name, info in view.tensors.items()
+        if name.removesuffix(".weight") not in quantized
+        and not (has_cache and name.endswith(CACHE_SCALES))
+    }
+    computed = {}
+    for parameter, tensor in match_names(model, view).items():
+        if (layer := tensor.removesuffix(".weight")) in quantized and tensor.endswith(".weight"):
+            sides = model.get_parameter(parameter).shape
+            tensors[tensor] = TensorInfo("", (sides[0], sides[1]), dtype)
+            computed[tensor] = _weight_of(checkpoint, fmt, layer, tensors[tensor])
+    config = {k: v for k, v in checkpoint.config.items() if k not in CONFIGS}
+    return Checkpoint(checkpoint.folder, config, tensors, computed)
+
+
+def _weight_of(
+    checkpoint: Checkpoint, fmt: Format, layer: str, info: TensorInfo
+) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        weight = dequantize(read_layer(checkpoint, fmt, layer), info.dtype)
+        if tuple(weight.shape) != info.shape:
+            raise BadTensor(f"layer {layer} decodes to {list(weight.shape)}, but config.json asks "
+                            f"for {list(info.shape)}")  # fmt: skip
+        return weight
+
+    return make

@@ -6,6 +6,7 @@ from typing import Any
 
 from bitwright.errors import BadCheckpoint
 from bitwright.pipeline.checkpoint import Checkpoint, open_checkpoint
+from bitwright.pipeline.gguf_header import read_header
 from bitwright.pipeline.gguf_import import gguf_folder
 
 GGUF_FILE = "model.gguf"
@@ -14,20 +15,32 @@ GGUF_FILE = "model.gguf"
 def resolve(model: str | Path) -> Checkpoint:
     """Open a Hugging Face folder, a GGUF file (or its folder) or a hub id. Raises BadCheckpoint."""
     path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-            raise BadCheckpoint(
-                f"{path} is a pickle, which can run code when loaded and is refused: convert it "
-                "to safetensors first"
-            )
-        return open_checkpoint(gguf_folder(path))
-    if (path / GGUF_FILE).is_file() and not (path / "config.json").exists():
-        return open_checkpoint(gguf_folder(path / GGUF_FILE))
+    if path.is_file() and path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise BadCheckpoint(
+            f"{path} is a pickle, which can run code when loaded and is refused: convert it to "
+            "safetensors first"
+        )
+    if (file := _gguf_file(path)) is not None:
+        return open_checkpoint(gguf_folder(file))
     name = str(model)
     looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/"))
     if path.exists() or not looks_like_id:
         return open_checkpoint(path)
     return open_checkpoint(_download(name))
+
+
+def quantized_gguf(model: str | Path) -> str:
+    """The low-bit types of a GGUF file, in words; "" if ``model`` is none or has none."""
+    file = _gguf_file(Path(model).expanduser())
+    kinds = [] if file is None else read_header(file).quantized_kinds
+    return f"gguf {', '.join(kinds)}" if kinds else ""
+
+
+def _gguf_file(path: Path) -> Path | None:
+    if path.is_file():
+        return path
+    inside = path / GGUF_FILE
+    return inside if inside.is_file() and not (path / "config.json").exists() else None
 
 
 def _download(name: str) -> Path:

@@ -51,6 +51,10 @@ class Format(Protocol):
         """Inverse of `encode`; ``config`` is the one `config` wrote."""
         ...
 
+    def check_cache(self, spec: Spec) -> None:
+        """Raises BadRequest if keys and values stored so cannot be recorded."""
+        ...
+
     def encode_cache(self, attention: str, scales: CacheScales) -> dict[str, Tensor]:
         """The tensors of an attention's key and value scales; ``attention`` is its full name."""
         ...

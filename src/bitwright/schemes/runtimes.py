@@ -1,7 +1,7 @@
 """Which runtime loads which scheme in which format; the facts are in runtimes.toml."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -14,9 +14,30 @@ from bitwright.schemes.scheme import BLOCK, Scheme
 
 
 @cache
-def _table() -> dict[str, dict[str, Any]]:
+def _facts() -> dict[str, Any]:
     text = files("bitwright.schemes").joinpath("runtimes.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
+
+
+@cache
+def _table() -> dict[str, dict[str, Any]]:
+    return {name: entry for name, entry in _facts().items() if isinstance(entry, dict)}
+
+
+def fused(names: Iterable[str]) -> list[list[str]]:
+    """``names`` of layers in the groups that runtimes merge into one matrix, in their order there.
+
+    >>> fused(["a.k_proj", "a.o_proj", "a.q_proj", "b.k_proj"])
+    [['a.q_proj', 'a.k_proj'], ['a.o_proj'], ['b.k_proj']]
+    """
+    sets: list[list[str]] = _facts()["fused"]
+    groups: dict[tuple[str, int, str], dict[int, str]] = {}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        kind = next((i for i, leaves in enumerate(sets) if leaf in leaves), -1)
+        place = sets[kind].index(leaf) if kind >= 0 else 0
+        groups.setdefault((owner, kind, "" if kind >= 0 else leaf), {})[place] = name
+    return [[group[place] for place in sorted(group)] for group in groups.values()]
 
 
 def known_runtimes() -> list[str]:
@@ -44,11 +65,16 @@ def spelling(scheme: Scheme) -> str:
 
 
 def require_loadable(
-    runtime: str, fmt: str, scheme: Scheme, shapes: Mapping[str, tuple[int, int]]
+    runtime: str,
+    fmt: str,
+    scheme: Scheme,
+    shapes: Mapping[str, tuple[int, int]],
+    left_alone: Iterable[str] = (),
 ) -> None:
     """Raises BadRequest or BadShape, saying what the runtime does load, if it cannot load this.
 
-    ``shapes``: the quantized layers' (O, I). Raises UnknownName for an unknown runtime.
+    ``shapes``: the quantized layers' (O, I); ``left_alone``: names of those that are not. Raises
+    UnknownName for an unknown runtime.
     """
     table = _table()
     if runtime not in table:
@@ -79,3 +105,25 @@ def require_loadable(
             needed = f"{step}" if of_rows == of_columns else f"{of_rows} x {of_columns}"
             raise BadShape(f"{name}: {runtime} needs widths in multiples of {needed}, not {rows} x "
                            f"{cols}: add it to --ignore")  # fmt: skip
+    if entry.get("merges"):
+        _require_whole(runtime, scheme, shapes, left_alone, entry.get("block_rows", 1))
+
+
+def _require_whole(
+    runtime: str,
+    scheme: Scheme,
+    shapes: Mapping[str, tuple[int, int]],
+    left_alone: Iterable[str],
+    block_rows: int,
+) -> None:
+    """Matrices that are merged are quantized together, and meet where a block ends."""
+    blocks = scheme.weight.group == (BLOCK, BLOCK)
+    for group in fused([*shapes, *left_alone]):
+        inside = [name for name in group if name in shapes]
+        if inside and len(inside) < len(group):
+            left = next(name for name in group if name not in shapes)
+            raise BadRequest(f"{left}: {runtime} merges it with {inside[0]}: --ignore both or none")
+        for name in group[:-1] if blocks and inside else []:
+            if shapes[name][0] % block_rows:
+                raise BadShape(f"{name}: {runtime} needs {shapes[name][0]} rows to be a multiple "
+                               f"of {block_rows}: add it and what it is merged with to --ignore")  # fmt: skip
