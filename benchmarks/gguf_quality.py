@@ -87,7 +87,7 @@ def main() -> None:
     results, table = Results(args.name, fresh=args.again), Table(*COLUMNS)
     with tempfile.TemporaryDirectory(dir=args.work, prefix="gguf-quality-") as folder:
         rows = [(kind, tool) for kind in args.types for tool in args.tools]
-        for kind, tool in rows if UNQUANTIZED in args.types else [(UNQUANTIZED, ""), *rows]:
+        for kind, tool in [*rows, (UNQUANTIZED, "")]:
             key = {"model": args.model.name, "type": kind, "tool": tool, "windows": args.windows,
                    "samples": args.samples}  # fmt: skip
             row = results.find(key)

@@ -17,6 +17,7 @@ from bitwright.methods.awq import InputScale
 from bitwright.methods.compose import Fold as FoldName
 from bitwright.methods.compose import parse_method
 from bitwright.methods.gptaq import retarget
+from bitwright.numerics.groups import PER_TENSOR
 from bitwright.pipeline.cache_scales import CacheObserver, Seen, block_scales, observing
 from bitwright.pipeline.calibrate import Batch, States, advance, collect, collect_drift
 from bitwright.pipeline.checkpoint import Checkpoint
@@ -30,6 +31,8 @@ from bitwright.pipeline.solved import SolvedBlock
 from bitwright.pipeline.topology import Topology, layer_name, materialize
 from bitwright.schemes.plan import Plan
 from bitwright.schemes.quantized import dequantize
+from bitwright.schemes.runtimes import fused
+from bitwright.schemes.scheme import Spec
 from bitwright.schemes.stats import InputStats, scaled_stats
 
 
@@ -160,7 +163,8 @@ def solve(
     folded = _folded(work, index, tensors, observed, first, folds)
     stats, solved = folded.stats, SolvedBlock({}, folded.changed)
     rows: list[LayerReport] = []
-    groups = sorted(_solved_together(linears, stats), key=lambda names: _cost(names, linears))
+    every = _solved_together(linears, stats, plan.scheme.weight)
+    groups = sorted(every, key=lambda names: _cost(names, linears))
     for together in groups[share[0] :: share[1]]:
         chosen = {}
         for name in (layer_name(work.topology, module) for module in together):
@@ -187,12 +191,19 @@ def solve(
 
 
 def _solved_together(
-    linears: Mapping[str, nn.Linear], stats: Mapping[str, InputStats]
+    linears: Mapping[str, nn.Linear], stats: Mapping[str, InputStats], weight: Spec
 ) -> list[list[str]]:
-    """Module names grouped by the statistics they share; each alone where there are none."""
+    """Module names grouped by the statistics they share.
+
+    Where there are none, each alone, save that matrices which runtimes merge stay together if
+    they have a scale per tensor: it has to be the same one.
+    """
+    loose = [module for module in linears if module not in stats]
+    tied = weight.two_level or weight.group == PER_TENSOR
+    first = {name: group[0] for group in fused(loose) if tied for name in group}
     groups: dict[int, list[str]] = {}
     for module in linears:
-        key = id(stats[module]) if module in stats else id(linears[module])
+        key = id(stats[module]) if module in stats else id(linears[first.get(module, module)])
         groups.setdefault(key, []).append(module)
     return list(groups.values())
 

@@ -183,7 +183,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise BadCheckpoint(
             f"{path.parent} has no {path.name}: it is not a Hugging Face checkpoint folder"
         ) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BadCheckpoint(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise BadCheckpoint(f"{path} is not a JSON object")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
@@ -21,6 +22,7 @@ from bitwright.errors import BadCheckpoint, BadTensor, UnsupportedModel
 from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.experts import take_apart
 from bitwright.pipeline.online import install_online
+from bitwright.pipeline.sizes import require_plausible
 from bitwright.pipeline.stored_names import stored_as
 
 
@@ -58,6 +60,13 @@ class BlockCall:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+
+# What transformers raises for a config.json that it cannot make a model of.
+UNBUILDABLE = (
+    ValueError, LookupError, TypeError, OSError, AttributeError, RuntimeError, ArithmeticError,
+    AssertionError, StrictDataclassError,
+)  # fmt: skip
 
 
 class _Stop(Exception):
@@ -102,6 +111,7 @@ def build_empty(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> n
         raise UnsupportedModel(
             f"model type {kind!r} brings its own code, which is not run without --trust-remote-code"
         )
+    require_plausible(checkpoint)
     try:
         config = AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -113,7 +123,7 @@ def build_empty(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> n
             model = kind_of_model.from_config(
                 config, dtype=compute_dtype(checkpoint), trust_remote_code=trust_remote_code
             )
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+    except UNBUILDABLE as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UnsupportedModel(
             f"transformers cannot build a causal language model of type {kind!r}: {first}"

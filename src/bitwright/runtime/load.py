@@ -71,7 +71,7 @@ def _json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BadCheckpoint(f"{path} cannot be read as JSON: {error}") from error
     return value if isinstance(value, dict) else None
 

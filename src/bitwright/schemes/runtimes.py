@@ -123,7 +123,9 @@ def _require_whole(
         if inside and len(inside) < len(group):
             left = next(name for name in group if name not in shapes)
             raise BadRequest(f"{left}: {runtime} merges it with {inside[0]}: --ignore both or none")
-        for name in group[:-1] if blocks and inside else []:
+        for name in inside[:-1] if blocks else []:
             if shapes[name][0] % block_rows:
-                raise BadShape(f"{name}: {runtime} needs {shapes[name][0]} rows to be a multiple "
-                               f"of {block_rows}: add it and what it is merged with to --ignore")  # fmt: skip
+                raise BadShape(
+                    f"{name}: {runtime} merges it with {group[-1]}, so that its {shapes[name][0]} "
+                    f"rows have to be a multiple of {block_rows}: add both to --ignore"
+                )
