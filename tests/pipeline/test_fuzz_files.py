@@ -149,6 +149,7 @@ def test_a_nest_of_objects_is_refused(sharded: Path, tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_values_of_the_config(model_of: Callable[..., Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model_of("llama"), tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
