@@ -82,7 +82,7 @@ def execute(
         target,
         lambda folder, replacing: quantize_checkpoint(
             prepared.source, prepared.topology, folder, plan, prepared.fmt, tokens_NT=tokens,
-            overwrite=replacing, resume=resume, progress=progress,
+            overwrite=replacing, resume=resume, overlap=prepared.overlap, progress=progress,
         ),
         overwrite=overwrite,
         progress=progress,

@@ -14,11 +14,10 @@ from bitwright.methods.compose import Method, parse_method
 from bitwright.methods.ranges import RANGES
 from bitwright.numerics.grids import FloatGrid, IntGrid
 from bitwright.numerics.groups import dividing_sizes
-from bitwright.pipeline.budget import parse_size, peak_bytes, require_memory
+from bitwright.pipeline.budget import parse_size, peak_bytes, predicted_bytes, require_memory
 from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.experts import Experts, routers
 from bitwright.pipeline.online import transform_config
-from bitwright.pipeline.run import predicted_bytes
 from bitwright.pipeline.topology import Topology, discover, layer_name
 from bitwright.runtime.gguf_export import check_exportable
 from bitwright.runtime.load import dequantized, format_of
@@ -49,13 +48,17 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A checked request: everything that can be refused has been."""
+    """A checked request: everything that can be refused has been.
+
+    ``overlap``: whether blocks are read ahead and written behind, which takes memory.
+    """
 
     source: Checkpoint
     topology: Topology
     plan: Plan
     fmt: Format
     prediction: Prediction
+    overlap: bool = True
 
 
 def prepare(
@@ -91,8 +94,8 @@ def prepare(
     ``search``: how scales are chosen, "mse", "absmax" or "auto", see `_search`.
     ``effort``: how long methods that tune may take, see EFFORTS. ``damp`` and ``order`` are
     GPTQ's; ``smoothing`` is SmoothQuant's strength, searched if None; ``true_inputs``: see
-    methods.gptaq; ``memory``: refuse a run that may need more, such as "8GiB".
-    ``activations`` (dynamic, static), ``granularity`` (tensor, channel, block), ``kv_cache`` (none,
+    methods.gptaq; ``memory``: refuse a run that may need more, such as "8GiB",
+    and give up reading ahead where it only fits without. ``activations`` (dynamic, static), ``granularity`` (tensor, channel, block), ``kv_cache`` (none,
     fp8, int8, int4) and ``kv_scales`` (tensor, head, token) change what the scheme's name says;
     ``input_range``: see methods.ranges; ``runtime``: refuse what it cannot load, see
     schemes/runtimes.toml. Raises BadRequest, BadShape, UnknownName,
@@ -176,10 +179,14 @@ def prepare(
         options=options,
         notes=tuple(notes),
     )
-    prediction = predict(source, topology, plan)
+    prediction, overlap = predict(source, topology, plan), True
     if memory is not None:
-        require_memory(prediction.memory_bytes, parse_size(memory))
-    return Prepared(source, topology, plan, fmt, prediction)
+        limit = parse_size(memory)
+        overlap = prediction.memory_bytes <= limit
+        if not overlap:
+            prediction = predict(source, topology, plan, overlap=False)
+        require_memory(prediction.memory_bytes, limit)
+    return Prepared(source, topology, plan, fmt, prediction, overlap)
 
 
 def _rounded_before(model: str | Path, stored: Format | None) -> list[str]:
@@ -314,7 +321,9 @@ def _outside(topology: Topology) -> list[Layer]:
     return out
 
 
-def predict(source: Checkpoint, topology: Topology, plan: Plan) -> Prediction:
+def predict(
+    source: Checkpoint, topology: Topology, plan: Plan, *, overlap: bool = True
+) -> Prediction:
     """What a plan will need."""
     seconds = 3.0 + source.nbytes / 40e6
     if plan.calibration is not None:
@@ -322,4 +331,5 @@ def predict(source: Checkpoint, topology: Topology, plan: Plan) -> Prediction:
         weights = sum(layer.shape[0] * layer.shape[1] for layer in plan.quantized.values())
         seconds += tokens * weights * 2 * 3 / 3e11
     disk = predicted_bytes(source, topology, plan)
-    return Prediction(peak_bytes(source, topology, plan), disk, seconds)
+    memory = peak_bytes(source, topology, plan, overlap=overlap)
+    return Prediction(memory, disk, seconds)

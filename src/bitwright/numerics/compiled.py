@@ -10,6 +10,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from bitwright.numerics.parallel import parallel
+
 Float = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Codes = npt.NDArray[np.uint8]
 Index = npt.NDArray[np.int64]
@@ -17,7 +19,7 @@ Index = npt.NDArray[np.int64]
 LANES = 16  # float32 numbers of an AVX-512 register
 
 
-@numba.njit(parallel=True, cache=True, fastmath={"contract", "reassoc", "nsz"})  # type: ignore[untyped-decorator]
+@parallel(fastmath={"contract", "reassoc", "nsz"})
 def best_candidate(
     x_NC: Float, weight_RC: Float, scale_NK: Float, zero_NK: Float, lowest: float, highest: float
 ) -> Index:
@@ -55,7 +57,7 @@ def best_candidate(
     return best_N
 
 
-@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@parallel()
 def round_trip(
     x_NC: Float, scale_N1: Float, zero_N1: Float, lowest: float, highest: float
 ) -> Float:
@@ -69,7 +71,7 @@ def round_trip(
     return out_NC
 
 
-@numba.njit(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")  # type: ignore[untyped-decorator]
+@parallel(fastmath={"contract"}, error_model="numpy")
 def solve_columns(
     w_OB: Float, u_BB: Float, scale_OB: Float, zero_OB: Float, lowest: float, highest: float
 ) -> tuple[Codes, Float]:
@@ -114,7 +116,7 @@ def _nearest_float(value: float, mantissa: int, smallest: int, largest: float) -
     return np.rint(bounded / quantum) * quantum  # type: ignore[no-any-return]
 
 
-@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@parallel()
 def best_float_candidate(
     x_NC: Float, weight_RC: Float, scale_NK: Float, mantissa: int, smallest: int, largest: float
 ) -> Index:
@@ -139,7 +141,7 @@ def best_float_candidate(
     return best_N
 
 
-@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@parallel()
 def solve_float_columns(
     w_OB: Float, u_BB: Float, scale_OB: Float, mantissa: int, smallest: int, largest: float
 ) -> tuple[Float, Float]:

@@ -15,6 +15,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from bitwright.numerics.parallel import parallel
+
 Float = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Double = npt.NDArray[np.float64]
 
@@ -45,7 +47,7 @@ def _dot(a: Double, b: Double, length: int) -> float:
     return total
 
 
-@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@parallel()
 def solve_rows(
     w_OI: Float,
     inverse_II: Double,

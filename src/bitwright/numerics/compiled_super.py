@@ -4,6 +4,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from bitwright.numerics.parallel import parallel
+
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
@@ -47,7 +49,7 @@ def _refit(
     return scale, offset
 
 
-@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@parallel()
 def group_fits(
     x_SGC: Float32, weight_RGC: Float32, ratio_K: Float32, lowest: float, highest: float,
     asymmetric: bool,
@@ -87,7 +89,7 @@ def group_fits(
     return scale_SG, offset_SG
 
 
-@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@parallel()
 def stored_fits(
     x_SGC: Float32, weight_RGC: Float32, scale_SG: Float32, offset_SG: Float32,
     unit_SK: Float32, offset_unit_SK: Float32, lowest: float, highest: float,

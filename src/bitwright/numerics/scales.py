@@ -18,7 +18,7 @@ Search = Literal["absmax", "mse"]
 
 CANDIDATES = 64
 SMALLEST_RATIO = 0.45
-GROUPS_AT_ONCE = 1 << 14  # their candidates stay in the cache
+VALUES_AT_ONCE = 1 << 21  # their candidates stay in the cache
 
 
 Storage = torch.dtype | Grid
@@ -92,7 +92,7 @@ def choose_scale(
     if importance_RC is None:
         importance_RC = torch.ones_like(x_NC[:1])
     rows = len(importance_RC)
-    at_once = -(-GROUPS_AT_ONCE // rows) * rows
+    at_once = -(-VALUES_AT_ONCE // (rows * x_NC.shape[1])) * rows
     if len(x_NC) > at_once:  # groups are independent, and candidates take more than the values
         parts = [
             choose_scale(

@@ -38,12 +38,16 @@ from bitwright.schemes.stats import InputStats, scaled_stats
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What is the same for every block; ``dtype`` is what blocks compute in."""
+    """What is the same for every block; ``dtype`` is what blocks compute in.
+
+    ``overlap``: read the next block while one is solved, which takes memory.
+    """
 
     source: Checkpoint
     topology: Topology
     plan: Plan
     dtype: torch.dtype
+    overlap: bool = False
 
     @property
     def independent(self) -> bool:
@@ -152,12 +156,15 @@ def solve(
     *,
     folds: Sequence[ChosenFold] | None = None,
     share: tuple[int, int] = (0, 1),
+    frugal: bool = False,
 ) -> tuple[SolvedBlock, list[LayerReport]]:
     """Fold, then solve the Linears of one block, with their lines of the report.
 
     ``observed`` is used up; it and ``first`` are None without calibration. ``folds``: what
     `choose_folds` returned; None to choose here, which needs the loaded block. ``share`` (k, n):
     solve the k-th of n parts of the shared inputs; n calls together solve all of them.
+    ``frugal``: let go of every weight once it has codes; it leaves the loaded block and, if they
+    are a dict, ``tensors``.
     """
     plan, linears = work.plan, work.topology.linears[index]
     folded = _folded(work, index, tensors, observed, first, folds)
@@ -183,11 +190,22 @@ def solve(
                 notes = [note for note in (folded.lent.get(together[0]), row.fallback) if note]
                 rows.append(replace(row, fallback="; ".join(notes)))
                 solved.codes[name] = q
-            del chosen, fold, stat
+            if frugal:
+                for module in together:
+                    if (name := layer_name(work.topology, module)) in chosen:
+                        _let_go(f"{name}.weight", linears[module], folded.weights, tensors)
+            del chosen, fold, stat, weight_only, q
             for module in together:
                 stats.pop(module, None)
             return_freed_memory()
     return solved, rows
+
+
+def _let_go(key: str, linear: nn.Linear, *holders: Mapping[str, Tensor]) -> None:
+    linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
+    for holder in holders:
+        if isinstance(holder, dict):
+            holder.pop(key, None)
 
 
 def _solved_together(
@@ -250,7 +268,7 @@ def _folded(
     _retarget(work, out, observed.drift)
     kind = parse_method(work.plan.method).fold
     if kind is not None:
-        before = dict(weights)
+        before = {key: id(weight) for key, weight in weights.items()}
         if known is None:
             reached = [group for group in observed.shared if group.names[0] in out.stats]
             with every_expert(topology.block(index)):
@@ -258,7 +276,7 @@ def _folded(
             _fold(work, index, tensors, out, kind, [(fold, None) for fold in found])
         else:
             _fold(work, index, tensors, out, kind, [(one.fold, one.scale) for one in known])
-        out.rewritten.update(key for key in weights if weights[key] is not before[key])
+        out.rewritten.update(key for key in weights if id(weights[key]) != before[key])
     return out
 
 

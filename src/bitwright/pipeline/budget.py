@@ -4,13 +4,16 @@ Every term is an upper bound on what is alive at once in `run.quantize_block`. W
 an input is only known when a block runs; here those of one owner and one width are taken to.
 """
 
+import math
+
 from bitwright.errors import BadRequest
 from bitwright.methods.compose import parse_method
 from bitwright.pipeline.calibrate import TOKENS_PER_BATCH
-from bitwright.pipeline.checkpoint import MAPPED_BYTES, Checkpoint
+from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.topology import Topology, compute_dtype, layer_name
 from bitwright.schemes.plan import Plan
 
+PARTS = 160_000_000  # what is searched, rounded and packed in parts: of 4 Mi values each
 PROGRAM = 500_000_000  # the interpreter with torch, transformers and compiled loops
 FLOAT = 4  # bytes of the float32 that everything is solved in
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -42,31 +45,79 @@ def require_memory(needed: int, limit: int) -> None:
         )
 
 
-def peak_bytes(source: Checkpoint, topology: Topology, plan: Plan) -> int:
-    """Upper bound on the resident memory of `quantize_checkpoint`, in bytes."""
+def predicted_bytes(source: Checkpoint, topology: Topology, plan: Plan) -> int:
+    """Size of the output's tensors, plus the files of hidden states while running."""
+    total = source.nbytes
+    for name, layer in plan.quantized.items():
+        assert layer.scheme is not None
+        info = source.tensors[f"{name}.weight"]
+        size = layer.shape[0] * layer.shape[1]
+        total -= info.nbytes - int(layer.scheme.weight.bits_per_value(layer.shape) * size / 8)
+    if plan.calibration is not None:
+        width = topology.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+        tokens = plan.calibration.samples * plan.calibration.sequence_length
+        states = 4 if plan.options.get("true_inputs") else 2
+        total += states * tokens * width * compute_dtype(source).itemsize
+    return total
+
+
+def peak_bytes(source: Checkpoint, topology: Topology, plan: Plan, *, overlap: bool = True) -> int:
+    """Upper bound on the resident memory of `quantize_checkpoint`, in bytes.
+
+    ``overlap``: the next block is read and the last one written meanwhile.
+    """
     inside = range(len(topology.block_names))
-    outside = [source.tensors[t].nbytes for t in topology.outside().values()]
-    blocks = max(_block(source, topology, plan, index) for index in inside)
-    embedding = 2 * max(outside, default=0)  # as it is copied to the output
-    peak = max(blocks, embedding)
+    stored = [_stored(source, topology, index) for index in inside]
+    written = [_written(topology, plan, index) for index in inside]
+    beside = [0 for _ in inside]
+    if overlap:
+        beside = [a + b for a, b in zip([*stored[1:], 0], [0, *written[:-1]], strict=True)]
+    blocks = max(beside[i] + _block(source, topology, plan, i) for i in inside)
+    peak = max(blocks, _outside(source, topology))
     if parse_method(plan.method).tune:
         peak = max(peak, _tuning(source, topology, plan))
-    return PROGRAM + MAPPED_BYTES + peak
+    return PROGRAM + peak
+
+
+def _outside(source: Checkpoint, topology: Topology) -> int:
+    """What runs before the first block, as stored and as computed with; later copied one by one."""
+    names = topology.outside().values()
+    dtype = compute_dtype(source)
+    cast = sum(
+        math.prod(source.tensors[t].shape) * dtype.itemsize
+        for t in names
+        if source.tensors[t].dtype != dtype
+    )
+    return cast + sum(source.tensors[t].nbytes for t in names)
+
+
+def _stored(source: Checkpoint, topology: Topology, index: int) -> int:
+    return sum(source.tensors[t].nbytes for t in topology.block_tensors(index).values())
+
+
+def _codes(topology: Topology, plan: Plan, index: int) -> int:
+    """Codes of a block, at a byte each."""
+    linears = topology.linears[index].items()
+    return sum(m.weight.numel() for n, m in linears if layer_name(topology, n) in plan.quantized)
+
+
+def _written(topology: Topology, plan: Plan, index: int) -> int:
+    """A block on its way to the disk: as encoded, or parked at a byte a code."""
+    codes = _codes(topology, plan, index)
+    return codes if parse_method(plan.method).tune else int(codes * plan.bits_per_weight / 8)
 
 
 def _block(source: Checkpoint, topology: Topology, plan: Plan, index: int) -> int:
-    tensors = topology.block_tensors(index).values()
-    stored = sum(source.tensors[t].nbytes for t in tensors)
     shared: dict[tuple[str, int], list[int]] = {}  # owner, width: rows of its Linears
-    codes = largest = 0
     for name, linear in topology.linears[index].items():
-        rows, width = linear.out_features, linear.in_features
-        shared.setdefault((name.rpartition(".")[0], width), []).append(rows)
-        codes += rows * width if layer_name(topology, name) in plan.quantized else 0
-        largest = max(largest, rows * width)
-    packed = int(codes * plan.bits_per_weight / 8)
+        shared.setdefault((name.rpartition(".")[0], linear.in_features), []).append(
+            linear.out_features
+        )
+    stored = _stored(source, topology, index)
+    largest = max(width * max(rows) for (_, width), rows in shared.items())
     if plan.calibration is None:
-        return stored + codes + packed + 5 * FLOAT * largest
+        # A weight, as float32 and with its codes; before, it is out of ``stored``.
+        return stored + (FLOAT + 1) * largest + PARTS
     dtype = compute_dtype(source)
     grams = sum(min(len(rows), 2) * FLOAT * width**2 for (_, width), rows in shared.items())
     stacks = max(FLOAT * width * sum(rows) for (_, width), rows in shared.items())
@@ -76,11 +127,13 @@ def _block(source: Checkpoint, topology: Topology, plan: Plan, index: int) -> in
     drift = grams if plan.options.get("true_inputs") else 0
     elements = sum(linear.weight.numel() for linear in topology.linears[index].values())
     widened = FLOAT * elements * (2 if method.fold else 0)
-    compute = elements * dtype.itemsize if stored != elements * dtype.itemsize else 0
+    tensors = topology.block_tensors(index).values()
+    other = [t for t in tensors if source.tensors[t].dtype != dtype]
+    compute = sum(math.prod(source.tensors[t].shape) * dtype.itemsize for t in other)
     batch = max(TOKENS_PER_BATCH, plan.calibration.sequence_length)
     activations = batch * widest * (8 * dtype.itemsize + 2 * FLOAT)
     states = grams + drift + max(factor + 4 * stacks, FLOAT * widest**2 + activations)
-    return stored + compute + codes + packed + widened + states
+    return stored + compute + _codes(topology, plan, index) + widened + states + PARTS
 
 
 def _tuning(source: Checkpoint, topology: Topology, plan: Plan) -> int:

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bitwright.errors import BadRequest, NoSpace, UnsupportedModel
-from bitwright.pipeline.checkpoint import disk
+from bitwright.pipeline.checkpoint import disk, memory_of
 from bitwright.pipeline.inputs import SharedInput
 from bitwright.pipeline.topology import BlockCall, Topology, call_block, run_until_blocks
 from bitwright.schemes.stats import InputStats
@@ -52,14 +52,17 @@ class HiddenStates:
 
     Batches of whole samples; block kwargs (masks, rotary tables) are recorded once per batch
     size, after checking that they do not depend on the tokens. What a block puts out goes into a
-    second file, which `turn` makes the current one: a crash in between loses nothing. Files are
-    read and written batch by batch, not mapped, so that memory never holds more than a batch.
+    second file, which `turn` makes the current one: a crash in between loses nothing. The states
+    before those are overwritten by it, after ``before_overwriting`` was called: it has to wait
+    until nobody would go on from them. Files are read and written batch by batch, not mapped, so
+    that memory never holds more than a batch.
     """
 
     def __init__(self, topology: Topology, tokens_NT: Tensor, file: Path, done: int = 0) -> None:
         """The embedded tokens, or after ``done`` turns what an earlier run left in the files."""
         samples, length = tokens_NT.shape
         self.batch = max(1, min(samples, TOKENS_PER_BATCH // length))
+        self.before_overwriting: Callable[[], None] = lambda: None
         self._calls: dict[int, list[BlockCall]] = {}
         self._file = file
         self._turns = done
@@ -104,11 +107,12 @@ class HiddenStates:
             batch = torch.empty(where.stop - start, *self._shape[1:], dtype=self._dtype)
             with disk(self._file.parent), _named(self._file, self._turns % 2).open("rb") as handle:
                 handle.seek(start * self._sample_bytes)
-                handle.readinto(_bytes_of(batch))
+                handle.readinto(memory_of(batch))
             yield where, batch, self._calls[where.stop - start][index]
 
     def put(self, where: slice, hidden_BTD: Tensor) -> None:
         """What a block puts out for one batch; it counts from the next `turn` on."""
+        self.before_overwriting()
         self._write(self._turns + 1, where.start, hidden_BTD)
 
     def turn(self) -> None:
@@ -132,7 +136,7 @@ class HiddenStates:
     def _write(self, turn: int, start: int, hidden_BTD: Tensor) -> None:
         with disk(self._file.parent), _named(self._file, turn % 2).open("r+b") as handle:
             handle.seek(start * self._sample_bytes)
-            handle.write(_bytes_of(hidden_BTD.contiguous()))
+            handle.write(memory_of(hidden_BTD.contiguous()))
 
     def _open_files(self, *, keep: bool) -> None:
         """Reserve both files; with ``keep`` they exist already."""
@@ -149,12 +153,6 @@ class HiddenStates:
 
 def _named(file: Path, parity: int) -> Path:
     return file.with_name(f"{file.name}.{parity}")
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor, to be read from or written to."""
-    flat: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
 
 
 def _reserve(file: Path, size: int) -> None:

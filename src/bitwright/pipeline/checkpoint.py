@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,6 @@ from bitwright.errors import BadCheckpoint, BadRequest, BadTensor, NoSpace
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAPPED_BYTES = 128 << 20
 COMPANIONS = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "generation_config.json", "*.model", "preprocessor_config.json",
@@ -42,6 +41,7 @@ class TensorInfo:
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    offset: int = 0  # of the data, from the start of the file
 
     @property
     def nbytes(self) -> int:
@@ -69,39 +69,65 @@ class Checkpoint:
         """Size of all tensors in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    def read(self, names: Iterable[str], *, mapped: bool = False) -> dict[str, Tensor]:
-        """The named tensors, copied out of the mapped files.
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, read into memory of their own: what was asked for and no more.
 
-        A file is unmapped again after MAPPED_BYTES were copied, so memory holds what was asked for
-        and little more; ``mapped`` tensors are views that keep the file mapped and must not be
-        written to.
-        Raises BadTensor for a floating-point tensor that is not finite.
+        Raises BadTensor for a floating-point tensor that is not finite, BadCheckpoint for a file
+        that is shorter than its header says.
         """
-        names = list(names)
-        out = {name: self.computed[name]() for name in names if name in self.computed}
-        stored = [name for name in names if name not in self.computed]
-        pieces: list[tuple[str, list[str]]] = []
-        size = 0
-        for name in sorted(stored, key=lambda name: self.tensors[name].file):
-            info = self.tensors[name]
-            size += info.nbytes
-            if not pieces or pieces[-1][0] != info.file or (size > MAPPED_BYTES and not mapped):
-                pieces.append((info.file, []))
-                size = info.nbytes
-            pieces[-1][1].append(name)
-        for file, wanted in pieces:
-            with _open(self.folder / file) as handle:
-                for name in wanted:
-                    tensor = handle.get_tensor(name)
-                    tensor = tensor if mapped else tensor.clone()
-                    if tensor.dtype in (torch.bfloat16, torch.float16, torch.float32):
-                        check_finite(tensor, name)
-                    out[name] = tensor
+        out: dict[str, Tensor] = {}
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            if name in self.computed:
+                out[name] = self.computed[name]()
+            else:
+                by_file.setdefault(self.tensors[name].file, []).append(name)
+        for file, wanted in by_file.items():
+            path = self.folder / file
+            with _reading(path), path.open("rb", buffering=0) as handle:
+                for name in sorted(wanted, key=lambda name: self.tensors[name].offset):
+                    out[name] = _read_tensor(handle, self.tensors[name], path)
+                    check_finite(out[name], name)
         return out
+
+    def view(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors as views of mapped files, whose pages the system may drop again.
+
+        They must not be written to. Raises BadTensor for one that is not finite.
+        """
+        out: dict[str, Tensor] = {}
+        for name in names:
+            if name in self.computed:
+                out[name] = self.computed[name]()
+                continue
+            with _open(self.folder / self.tensors[name].file) as handle:
+                out[name] = handle.get_tensor(name)
+            check_finite(out[name], name)
+        return out
+
+
+def _read_tensor(handle: IO[bytes], info: TensorInfo, path: Path) -> Tensor:
+    tensor = torch.empty(info.shape, dtype=info.dtype)
+    rest = memory_of(tensor)
+    handle.seek(info.offset)
+    while len(rest):  # one call reads 2 GiB at most
+        done = handle.readinto(rest)  # type: ignore[attr-defined]
+        if not done:
+            raise BadCheckpoint(f"{path} is not a complete safetensors file: download it again")
+        rest = rest[done:]
+    return tensor
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, to be read from or written to."""
+    flat: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
     """Raises BadTensor if ``tensor`` holds NaN or infinity."""
+    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return
     # A sum is finite unless a member is not (or it overflows, which the second look settles).
     if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
         bad = int((~torch.isfinite(tensor)).sum())
@@ -124,6 +150,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for shard, expected in shards.items():
         with _open(folder / shard) as handle:
             present = list(handle.keys())
+            offsets = _offsets(folder / shard)
             if missing := expected - set(present):
                 raise BadCheckpoint(f"{folder / shard} lacks tensor {min(missing)} of its index")
             for name in present if not expected else sorted(expected):
@@ -131,7 +158,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 kind = part.get_dtype()
                 if kind not in _DTYPES:
                     raise BadTensor(f"tensor {name} has dtype {kind}, which bitwright cannot read")
-                tensors[name] = TensorInfo(shard, tuple(part.get_shape()), _DTYPES[kind])
+                start = offsets[name]
+                tensors[name] = TensorInfo(shard, tuple(part.get_shape()), _DTYPES[kind], start)
     return Checkpoint(folder, config, tensors)
 
 
@@ -163,11 +191,28 @@ def _shards(folder: Path) -> dict[str, set[str]]:
     raise BadCheckpoint(f"{folder} holds no .safetensors file")
 
 
+def _offsets(path: Path) -> dict[str, int]:
+    """Where each tensor's data starts in a file whose header safetensors has accepted."""
+    with _reading(path), path.open("rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+    return {
+        name: 8 + size + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
+    with _reading(path), safe_open(path, framework="pt", device="cpu") as handle:
+        yield handle
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt", device="cpu") as handle:
-            yield handle
+        yield
     except SafetensorError as error:
         raise BadCheckpoint(
             f"{path} is not a complete safetensors file ({error}): download it again"

@@ -95,7 +95,7 @@ def output_factor(topology: Topology, source: Checkpoint) -> float:
     computes them a few rows at a time from W alone.
     """
     outside = topology.outside()
-    tensors = source.read(outside.values(), mapped=True)
+    tensors = source.view(outside.values())
     materialize(topology.model, {p: tensors[t] for p, t in outside.items()}, compute_dtype(source))
     topology.model.tie_weights()  # type: ignore[operator]
     tokens_BT = torch.arange(16)[None]

@@ -1,10 +1,11 @@
 """The whole story: a checkpoint in, a quantized checkpoint out, one block at a time."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,11 +20,13 @@ from bitwright.pipeline.block import (
     solve,
     with_cache_scales,
 )
+from bitwright.pipeline.budget import predicted_bytes
 from bitwright.pipeline.calibrate import HiddenStates
 from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, folder_bytes, require_space
 from bitwright.pipeline.journal import Journal, request_of
 from bitwright.pipeline.memory import peak_rss_bytes, return_freed_memory
 from bitwright.pipeline.online import transform_config
+from bitwright.pipeline.overlap import ReadAhead, WriteBehind
 from bitwright.pipeline.refine import Effort, output_factor, refine
 from bitwright.pipeline.report import BlockCost, LayerReport, Report
 from bitwright.pipeline.solved import SolvedBlock, encoded, park, unpark
@@ -77,16 +80,18 @@ def quantize_checkpoint(
     tokens_NT: Tensor | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    overlap: bool = True,
     progress: Progress = lambda done, total, note: None,
     engine: Engine | None = None,
 ) -> Report:
     """Quantize block by block and write ``target`` in one step at the end.
 
     ``tokens_NT``: int64 calibration samples, required by methods that calibrate. ``resume``: go
-    on after the last finished block of a run that was stopped, if there is one. Raises BadTensor
-    for weights that are not finite, NoSpace for a full disk, and BadRequest if that run was
-    another one; in every failure ``target`` is untouched. ``engine``: where blocks are solved, if
-    not by `blocks_here`.
+    on after the last finished block of a run that was stopped, if there is one. ``overlap``:
+    while a block is computed, the next one is read and the last one written, which holds all
+    three in memory. Raises BadTensor for weights that are not finite, NoSpace for a full disk,
+    and BadRequest if that run was another one; in every failure ``target`` is untouched.
+    ``engine``: where blocks are solved, if not by `blocks_here`.
     """
     start = time.perf_counter()
     report = Report(plan, bytes_before=source.nbytes)
@@ -112,28 +117,32 @@ def quantize_checkpoint(
         release(topology.model)
         return_freed_memory()
         count = len(topology.block_names)
-        work = Work(source, topology, plan, compute_dtype(source))
+        work = Work(source, topology, plan, compute_dtype(source), overlap)
         place = {layer.name: number for number, layer in enumerate(plan.layers)}
         began = time.perf_counter()
+        kept = [states for states in (hidden, true) if states is not None]
         blocks = (engine or blocks_here)(work, hidden, true, range(done, count), progress)
-        for finished in blocks:  # not by enumerate, which would hold on to the last one
-            index = len(report.blocks)
-            if tune:
-                park(finished.solved, _parked(writer, index))
-            else:
-                names = topology.block_tensors(index).values()
-                writer.write_shard(encoded(finished.solved, source, names, fmt))
-            first = len(report.layers)
-            report.layers += sorted(finished.layers, key=lambda row: place[row.name])
-            peak = finished.peak_rss_bytes
-            del finished
-            return_freed_memory()
-            for states in (hidden, true):
-                if states is not None:
-                    states.sync()
-            report.blocks.append(BlockCost(time.perf_counter() - began, peak))
-            journal.commit(report.block_json(first))
-            began = time.perf_counter()
+        with WriteBehind(beside=overlap) as disk:
+            for states in kept:
+                states.before_overwriting = disk.wait
+            for finished in blocks:  # not by enumerate, which would hold on to the last one
+                index, first = len(report.blocks), len(report.layers)
+                if tune:
+                    write = partial(park, finished.solved, _parked(writer, index))
+                else:
+                    names = topology.block_tensors(index).values()
+                    write = partial(
+                        writer.write_shard, encoded(finished.solved, source, names, fmt)
+                    )
+                report.layers += sorted(finished.layers, key=lambda row: place[row.name])
+                report.blocks.append(
+                    BlockCost(time.perf_counter() - began, finished.peak_rss_bytes)
+                )
+                disk.begin(partial(_finish, write, kept, journal, report.block_json(first)))
+                del finished, write
+                return_freed_memory()
+                began = time.perf_counter()
+            disk.wait()
         if tune:
             assert tokens_NT is not None
             parked = [unpark(_parked(writer, index), plan) for index in range(count)]
@@ -161,6 +170,19 @@ def quantize_checkpoint(
     return report
 
 
+def _finish(
+    write: Callable[[], None],
+    kept: Sequence[HiddenStates],
+    journal: Journal,
+    line: Mapping[str, Any],
+) -> None:
+    """Write a block; once it and the states behind it are on the disk, say so in the journal."""
+    write()
+    for states in kept:
+        states.sync()
+    journal.commit(line)
+
+
 def _parked(writer: CheckpointWriter, index: int) -> Path:
     return writer.scratch / f"solved-{index:05d}.safetensors"
 
@@ -173,35 +195,39 @@ def blocks_here(
     progress: Progress,
 ) -> Iterator[Finished]:
     """The engine without any other process: one block after the other."""
-    count = len(work.topology.block_names)
-    for index in indices:
-        memory = f"{peak_rss_bytes() / 1e6:.0f} MB"
-        progress(index, count, f"block {index + 1} of {count}, peak {memory}")
-        names = work.topology.block_tensors(index).values()
-        yield quantize_block(work, index, work.source.read(names), hidden, true)
+    topology, count = work.topology, len(work.topology.block_names)
+
+    def read(index: int) -> dict[str, Tensor]:
+        return work.source.read(topology.block_tensors(index).values())
+
+    with ReadAhead(read, indices, beside=work.overlap) as stored:
+        for index in indices:
+            memory = f"{peak_rss_bytes() / 1e6:.0f} MB"
+            progress(index, count, f"block {index + 1} of {count}, peak {memory}")
+            yield quantize_block(work, index, stored.take(), hidden, true)
 
 
 def quantize_block(
     work: Work,
     index: int,
-    tensors: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
     hidden: HiddenStates | None,
     true: HiddenStates | None = None,
 ) -> Finished:
-    """Fold, then solve every Linear of one block.
+    """Fold, then solve every Linear of one block; ``tensors`` are used up.
 
     With ``hidden``, the block is replayed before (for statistics) and, unless blocks are
     independent, after (so that later blocks are calibrated on what this one, quantized, really
     puts out). With ``true``, the original model's states, Linears aim at what they put out there.
     """
     if hidden is None:
-        return Finished(*solve(work, index, tensors, None, None), peak_rss_bytes())
+        return Finished(*solve(work, index, tensors, None, None, frugal=True), peak_rss_bytes())
     block = load_block(work, index, tensors)
     first = next(hidden.batches(index))
     observed = observe(work, index, hidden, true, first)
     return_freed_memory()
     seen = observed.seen
-    solved, layers = solve(work, index, tensors, observed, first)
+    solved, layers = solve(work, index, tensors, observed, first, frugal=True)
     if not work.independent:
         seen = advance_quantized(work, index, hidden, solved)
     release(block)
@@ -237,22 +263,6 @@ def _inside(topology: Topology) -> set[str]:
         for index in range(len(topology.block_names))
         for tensor in topology.block_tensors(index).values()
     }
-
-
-def predicted_bytes(source: Checkpoint, topology: Topology, plan: Plan) -> int:
-    """Size of the output's tensors, plus the mapped hidden states while running."""
-    total = source.nbytes
-    for name, layer in plan.quantized.items():
-        assert layer.scheme is not None
-        info = source.tensors[f"{name}.weight"]
-        size = layer.shape[0] * layer.shape[1]
-        total -= info.nbytes - int(layer.scheme.weight.bits_per_value(layer.shape) * size / 8)
-    if plan.calibration is not None:
-        width = topology.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-        tokens = plan.calibration.samples * plan.calibration.sequence_length
-        states = 4 if plan.options.get("true_inputs") else 2
-        total += states * tokens * width * compute_dtype(source).itemsize
-    return total
 
 
 def finish_checkpoint(

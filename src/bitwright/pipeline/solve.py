@@ -80,8 +80,9 @@ def _error(weight_OI: Tensor, q: QuantizedLinear, stats: InputStats | None) -> f
     Judging every row would take as long as solving them.
     """
     every = slice(None, None, -(-len(weight_OI) // JUDGED_ROWS))
+    judged_OI = dequantize(q.rows(every)) if q.spec.group[0] == 1 else dequantize(q)[every]
     error_O, power_O = row_errors(
-        weight_OI[every], dequantize(q)[every], None if stats is None else stats.hessian_II
+        weight_OI[every], judged_OI, None if stats is None else stats.hessian_II
     )
     power = float(power_O.sum())
     return float(error_O.sum()) / power if power > 0 else 0.0

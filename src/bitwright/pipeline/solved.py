@@ -28,13 +28,16 @@ class SolvedBlock:
 def encoded(
     solved: SolvedBlock, source: Checkpoint, names: Iterable[str], fmt: Format
 ) -> dict[str, Tensor]:
-    """A block's tensors as the format stores them; ``names`` are those of the original ones."""
+    """A block's tensors as the format stores them; ``names`` are those of the original ones.
+
+    Codes are taken out of ``solved`` one by one: they take twice what they are packed into.
+    """
     replaced = solved.changed.keys() | {f"{name}.weight" for name in solved.codes}
     out = source.read(name for name in names if name not in replaced)
     out |= {name: value.to(source.tensors[name].dtype) for name, value in solved.changed.items()}
-    for name, q in solved.codes.items():
-        bias = out.pop(f"{name}.bias", None)
-        out |= fmt.encode(name, replace(q, bias_O=bias))
+    while solved.codes:
+        name, q = solved.codes.popitem()
+        out |= fmt.encode(name, replace(q, bias_O=out.pop(f"{name}.bias", None)))
     for attention, scales in solved.cache.items():
         out |= fmt.encode_cache(attention, scales)
     return out

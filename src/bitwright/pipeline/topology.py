@@ -236,7 +236,7 @@ def load_outside(topology: Topology, checkpoint: Checkpoint) -> None:
     wanted = {p: t for p, t in names.items() if p not in skip}
     if topology.model.get_input_embeddings().weight is (output and output.weight):  # type: ignore[operator]
         wanted = names
-    loaded = checkpoint.read(wanted.values(), mapped=True)
+    loaded = checkpoint.view(wanted.values())
     materialize(
         topology.model, {p: loaded[t] for p, t in wanted.items()}, compute_dtype(checkpoint)
     )

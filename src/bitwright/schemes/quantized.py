@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.numerics.groups import expand, scale_shape, split
+from bitwright.numerics.groups import expand, scale_shape, sides, split
 from bitwright.numerics.rounding import decode, encode
 from bitwright.numerics.scales import storage_dtype
 from bitwright.schemes.scheme import Spec
+
+CODES_AT_ONCE = 1 << 22  # rounding takes several times the memory of the codes
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +116,20 @@ def quantize_to(
     ``global_scale`` the weight is already divided by it.
     """
     shape = (weight_OI.shape[0], weight_OI.shape[1])
-    scaled = weight_OI / expand(scale_RG, shape, spec.group)
-    if zero_RG is not None:
-        scaled = scaled.round_().add_(expand(zero_RG, shape, spec.group))
-    return assemble(encode(scaled, spec.grid), spec, scale_RG, zero_RG, global_scale)
+    rows = sides(shape, spec.group)[0]
+    step = max(1, CODES_AT_ONCE // (shape[1] * rows)) * rows
+    if len(scale_RG) == 1:
+        step = max(1, CODES_AT_ONCE // shape[1])
+    codes = []
+    for start in range(0, shape[0], step):
+        part_OI = weight_OI[start : start + step]
+        scales = slice(start // rows, -(-(start + step) // rows)) if len(scale_RG) > 1 else slice(1)
+        part = (part_OI.shape[0], part_OI.shape[1])
+        scaled = part_OI / expand(scale_RG[scales], part, spec.group)
+        if zero_RG is not None:
+            scaled = scaled.round_().add_(expand(zero_RG[scales], part, spec.group))
+        codes.append(encode(scaled, spec.grid))
+    return assemble(torch.cat(codes), spec, scale_RG, zero_RG, global_scale)
 
 
 def assemble(
