@@ -14,7 +14,7 @@ from bitwright.pipeline.topology import Topology, compute_dtype, layer_name
 from bitwright.schemes.plan import Plan
 
 PARTS = 160_000_000  # what is searched, rounded and packed in parts: of 4 Mi values each
-PROGRAM = 500_000_000  # the interpreter with torch, transformers and compiled loops
+PROGRAM = 560_000_000  # the interpreter with torch, transformers and compiled loops
 FLOAT = 4  # bytes of the float32 that everything is solved in
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
