@@ -95,11 +95,11 @@ def prepare(
     ``effort``: how long methods that tune may take, see EFFORTS. ``damp`` and ``order`` are
     GPTQ's; ``smoothing`` is SmoothQuant's strength, searched if None; ``true_inputs``: see
     methods.gptaq; ``memory``: refuse a run that may need more, such as "8GiB",
-    and give up reading ahead where it only fits without. ``activations`` (dynamic, static), ``granularity`` (tensor, channel, block), ``kv_cache`` (none,
-    fp8, int8, int4) and ``kv_scales`` (tensor, head, token) change what the scheme's name says;
-    ``input_range``: see methods.ranges; ``runtime``: refuse what it cannot load, see
-    schemes/runtimes.toml. Raises BadRequest, BadShape, UnknownName,
-    UnsupportedModel or BadCheckpoint.
+    and give up reading ahead where it only fits without. ``activations`` (dynamic, static),
+    ``granularity`` (tensor, channel, block), ``kv_cache`` (none, fp8, int8, int4) and ``kv_scales``
+    (tensor, head, token) change what the scheme's name says; ``input_range``: see methods.ranges;
+    ``runtime``: refuse what it cannot load, see schemes/runtimes.toml. Raises BadRequest, BadShape,
+    UnknownName, UnsupportedModel or BadCheckpoint.
     """
     fmt = get_format(format)
     parsed = _adjusted(parse_scheme(scheme), activations, granularity, kv_cache, kv_scales)

@@ -128,12 +128,12 @@ def check_finite(tensor: Tensor, name: str) -> None:
     """Raises BadTensor if ``tensor`` holds NaN or infinity."""
     if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return
-    flat = tensor.view(-1)
+    parts = torch.split(tensor.view(-1), 1 << 22)
     # A sum is finite unless a member is not (or it overflows, which the second look settles).
     # In parts, since it is taken of a float32 copy.
-    sums = [part.sum(dtype=torch.float32) for part in flat.split(1 << 22)]
+    sums = [part.sum(dtype=torch.float32) for part in parts]
     if not bool(torch.isfinite(torch.stack(sums)).all()):
-        bad = sum(int((~torch.isfinite(part)).sum()) for part in flat.split(1 << 22))
+        bad = sum([int((~torch.isfinite(part)).sum()) for part in parts])
         if bad:
             raise BadTensor(
                 f"tensor {name} holds {bad} NaN or infinite values: the checkpoint is damaged; "
