@@ -41,6 +41,15 @@ LOOK = """() => {
   };
 }"""
 
+PAPER = 718  # pixels between the margins of A4
+ON_PAPER = """() => ({
+    width: document.documentElement.scrollWidth,
+    cut: [...document.querySelectorAll(".card, .scroll, table")]
+      .filter((e) => e.getBoundingClientRect().right > document.documentElement.clientWidth
+        || e.scrollWidth > e.clientWidth + 1)
+      .map((e) => e.id || e.className),
+})"""
+
 
 def main() -> None:
     """Look at one page four times, and print it once."""
@@ -63,9 +72,11 @@ def main() -> None:
                 found[f"{width} {scheme}"] = page.evaluate(LOOK) | {"said": said, "asked": asked}
                 page.screenshot(path=f"{shots}/{width}-{scheme}.png", full_page=True)
                 page.close()
-        page = browser.new_page()
+        page = browser.new_page(viewport={"width": PAPER, "height": 1000})
         page.goto(Path(page_file).as_uri())
-        found["printed"] = len(page.pdf())
+        page.emulate_media(media="print")
+        page.screenshot(path=f"{shots}/print.png", full_page=True)
+        found["printed"] = page.evaluate(ON_PAPER) | {"bytes": len(page.pdf(format="A4"))}
         browser.close()
     print(json.dumps(found))
 
