@@ -1,6 +1,7 @@
 """The verbs: quantize, evaluate, generate, inspect, load. The command line calls these."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.gguf_import import cache_folder
 from bitwright.pipeline.memory import return_freed_memory
 from bitwright.pipeline.report import Report
-from bitwright.pipeline.run import Progress, quantize_checkpoint
+from bitwright.pipeline.run import Engine, Progress, quantize_checkpoint
 from bitwright.pipeline.texts import (
     calibration_windows,
     evaluation_windows,
@@ -28,6 +29,7 @@ from bitwright.runtime.gguf_export import write_checkpoint
 from bitwright.runtime.kv_load import cache_factory
 from bitwright.runtime.load import format_of, load_model, read_layer, stored_config
 from bitwright.runtime.source import load_tokenizer, resolve
+from bitwright.runtime.store import is_url, require_nothing_at, upload
 from bitwright.schemes.plan import Calibration
 from bitwright.schemes.scheme import Scheme
 
@@ -50,6 +52,7 @@ def quantize(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress = lambda done, total, note: None,
+    engine: Engine | None = None,
     **request: Any,
 ) -> Report:
     """Quantize ``model`` into the folder ``output``; keywords are those of `prepare`.
@@ -57,7 +60,9 @@ def quantize(
     For mixed precision see `api_allocate.mixed_precision`, between `prepare` and `execute`.
     """
     prepared = prepare(model, **request)
-    return execute(prepared, output, overwrite=overwrite, resume=resume, progress=progress)
+    return execute(
+        prepared, output, overwrite=overwrite, resume=resume, progress=progress, engine=engine
+    )
 
 
 def execute(
@@ -67,8 +72,24 @@ def execute(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress = lambda done, total, note: None,
+    engine: Engine | None = None,
 ) -> Report:
-    """Carry out a prepared request; with ``resume`` go on where a stopped run of it was."""
+    """Carry out a prepared request; with ``resume`` go on where a stopped run of it was.
+
+    ``output``: a path, or a URL that fsspec can write to. ``engine``: where blocks are solved,
+    such as `bitwright.cluster.on_ray`; None: in this process.
+    """
+    if is_url(output):
+        url = str(output)
+        require_nothing_at(url, overwrite=overwrite)
+        key = hashlib.sha256(url.encode()).hexdigest()[:16]
+        staged = cache_folder() / "outgoing" / f"{url.rstrip('/').rpartition('/')[2]}-{key}"
+        report = execute(
+            prepared, staged, overwrite=True, resume=resume, progress=progress, engine=engine
+        )
+        upload(staged, url)
+        shutil.rmtree(staged) if staged.is_dir() else staged.unlink()
+        return report
     target = checked_target(prepared.source, output, overwrite=overwrite)
     plan = prepared.plan
     tokens = None
@@ -83,6 +104,7 @@ def execute(
         lambda folder, replacing: quantize_checkpoint(
             prepared.source, prepared.topology, folder, plan, prepared.fmt, tokens_NT=tokens,
             overwrite=replacing, resume=resume, overlap=prepared.overlap, progress=progress,
+            engine=engine,
         ),
         overwrite=overwrite,
         progress=progress,

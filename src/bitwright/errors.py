@@ -9,6 +9,7 @@ BitwrightError
 |   +-- BadTensor         one tensor is missing, has the wrong shape or is not finite
 +-- NotPositiveDefinite   a damped hessian has no Cholesky factor
 +-- NoSpace               the disk is, or would become, full
++-- ClusterError          other machines cannot be reached or cannot finish
 
 The command line turns each into one line on stderr and exit code 2.
 """
@@ -48,3 +49,7 @@ class NotPositiveDefinite(BitwrightError):
 
 class NoSpace(BitwrightError):
     """Not enough room on the disk for the output."""
+
+
+class ClusterError(BitwrightError):
+    """A cluster that is not there, has no room, or lost its workers too often."""

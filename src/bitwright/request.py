@@ -86,6 +86,7 @@ def prepare(
     order: str = "activation",
     smoothing: float | None = None,
     true_inputs: float = 0.0,
+    independent: bool = False,
     memory: str | None = None,
     trust_remote_code: bool = False,
 ) -> Prepared:
@@ -94,8 +95,9 @@ def prepare(
     ``search``: how scales are chosen, "mse", "absmax" or "auto", see `_search`.
     ``effort``: how long methods that tune may take, see EFFORTS. ``damp`` and ``order`` are
     GPTQ's; ``smoothing`` is SmoothQuant's strength, searched if None; ``true_inputs``: see
-    methods.gptaq; ``memory``: refuse a run that may need more, such as "8GiB",
-    and give up reading ahead where it only fits without. ``activations`` (dynamic, static),
+    methods.gptaq; ``independent``: calibrate every block on the original model's inputs, not
+    behind the quantized blocks before it; ``memory``: refuse a run that may need more, such as
+    "8GiB", and give up reading ahead where it only fits without. ``activations`` (dynamic, static),
     ``granularity`` (tensor, channel, block), ``kv_cache`` (none, fp8, int8, int4) and ``kv_scales``
     (tensor, head, token) change what the scheme's name says; ``input_range``: see methods.ranges;
     ``runtime``: refuse what it cannot load, see schemes/runtimes.toml. Raises BadRequest, BadShape,
@@ -119,6 +121,12 @@ def prepare(
         options["smoothing"] = smoothing
     if true_inputs:
         options["true_inputs"] = _true_inputs(true_inputs, chosen)
+    if independent:
+        if true_inputs:
+            raise BadRequest(
+                "--independent has original inputs only: --true-inputs changes nothing"
+            )
+        options["independent"] = True
     if chosen.tune:
         options["tune"] = EFFORTS[_known("effort", effort, tuple(EFFORTS))]
     _require_solvable(chosen, parsed.weight)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,13 @@ from bitwright.commands.screen import (
 from bitwright.commands.screen import progress as _progress
 from bitwright.commands.verify import print_verdict, require_runtime, verdict_of
 from bitwright.errors import BadRequest
+
+
+class EngineName(StrEnum):
+    """Who computes: this process, or a Ray cluster."""
+
+    LOCAL = "local"
+    RAY = "ray"
 
 
 def quantize(
@@ -84,6 +92,9 @@ def quantize(
     true_inputs: Annotated[
         float, typer.Option(help="Fit to the original model's inputs (GPTAQ): 0 is off, try 0.5.")
     ] = 0.0,
+    independent: Annotated[
+        bool, typer.Option("--independent", help="Calibrate blocks on the original's inputs.")
+    ] = False,
     seed: Seed = 0,
     target_bits: Annotated[
         float | None, typer.Option(min=2, help="Mixed precision: mean bits per weight.")
@@ -95,6 +106,13 @@ def quantize(
         str | None, typer.Option(help="Bit widths to mix, such as 3,4,8; 16 leaves alone.")
     ] = None,
     device: Where = Device.AUTO,
+    engine: Annotated[
+        EngineName, typer.Option(help="local, or ray: workers on this machine or a cluster's.")
+    ] = EngineName.LOCAL,
+    address: Annotated[
+        str, typer.Option(help="Of the Ray cluster: auto, HOST:PORT; local starts one here.")
+    ] = "local",
+    cpus_per_task: Annotated[int, typer.Option(min=1, help="Cores of a Ray worker.")] = 1,
     memory: Annotated[
         str | None, typer.Option(help="Refuse beforehand what may need more, such as 8GiB.")
     ] = None,
@@ -110,11 +128,26 @@ def quantize(
     """Quantize MODEL into the folder OUT; times, memory and versions into OUT.run.json."""
     from bitwright import api
     from bitwright.api_allocate import mixed_precision
+    from bitwright.cluster import on_ray
     from bitwright.commands import record
     from bitwright.pipeline.checkpoint import require_absent
+    from bitwright.runtime.store import is_url, require_nothing_at, write_text
 
     quiet = quiet or as_json
-    _require_device(device)
+    _require_device(device, engine)
+    if engine is EngineName.LOCAL and address != "local":
+        raise BadRequest("--address is of a Ray cluster: add --engine ray")
+    if is_url(out) and verify_in is not None:
+        raise BadRequest("--verify loads OUT from a folder: write to one, or verify it later")
+    chosen = None
+    if engine is EngineName.RAY:
+        chosen = on_ray(
+            address=address,
+            device="cuda" if device is Device.CUDA else "cpu",
+            cpus=cpus_per_task,
+            url=model if is_url(model) else None,
+            trust_remote_code=trust_remote_code,
+        )
     if verify_in is not None:
         require_runtime(verify_in)
     prepared = api.prepare(
@@ -141,12 +174,16 @@ def quantize(
         order=order,
         smoothing=smoothing,
         true_inputs=true_inputs,
+        independent=independent,
         memory=memory,
         trust_remote_code=trust_remote_code,
     )
     if target_bits is not None or max_kl is not None:
         if not dry_run:  # before a minute of estimating, not after
-            require_absent(Path(out).expanduser(), overwrite=overwrite)
+            if is_url(out):
+                require_nothing_at(out, overwrite=overwrite)
+            else:
+                require_absent(Path(out).expanduser(), overwrite=overwrite)
         with _progress(quiet) as advance:
             prepared, _ = mixed_precision(
                 prepared, target_bits=target_bits, max_kl=max_kl, choices=_widths(choices),
@@ -168,8 +205,14 @@ def quantize(
             _print_plan(prepared)
         return
     with _progress(quiet) as advance:
-        done = api.execute(prepared, out, overwrite=overwrite, resume=resume, progress=advance)
-    record.write_json(record.run_file(out), record.describe(done, record.command_line()))
+        done = api.execute(
+            prepared, out, overwrite=overwrite, resume=resume, progress=advance, engine=chosen
+        )
+    said = record.describe(done, record.command_line())
+    if is_url(out):
+        write_text(f"{out.rstrip('/')}.run.json", json.dumps(said, indent=1) + "\n")
+    else:
+        record.write_json(record.run_file(out), said)
     layers = [
         {key: value for key, value in asdict(row).items() if value not in ("", None)}
         for row in done.layers
@@ -215,9 +258,11 @@ def _widths(choices: str | None) -> list[int] | None:
         raise BadRequest(f"--choices {choices!r}: give bit widths such as 3,4,8") from None
 
 
-def _require_device(device: Device) -> None:
-    if device is Device.CUDA:
-        raise BadRequest("--device cuda: this version computes on the CPU only; use auto or cpu")
+def _require_device(device: Device, engine: EngineName) -> None:
+    if device is Device.CUDA and engine is EngineName.LOCAL:
+        raise BadRequest(
+            "--device cuda: one process computes on the CPU only; use auto or cpu, or --engine ray"
+        )
 
 
 def _print_plan(prepared: Any) -> None:

@@ -18,7 +18,7 @@ from bitwright.methods.compose import Fold as FoldName
 from bitwright.methods.compose import parse_method
 from bitwright.methods.gptaq import retarget
 from bitwright.numerics.groups import PER_TENSOR
-from bitwright.pipeline.cache_scales import CacheObserver, Seen, block_scales, observing
+from bitwright.pipeline.cache_scales import CacheObserver, Seen, block_scales, merge_seen, observing
 from bitwright.pipeline.calibrate import Batch, States, advance, collect, collect_drift
 from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.experts import every_expert, lend_statistics
@@ -33,7 +33,7 @@ from bitwright.schemes.plan import Plan
 from bitwright.schemes.quantized import dequantize
 from bitwright.schemes.runtimes import fused
 from bitwright.schemes.scheme import Spec
-from bitwright.schemes.stats import InputStats, scaled_stats
+from bitwright.schemes.stats import InputStats, merge, scaled_stats
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,19 @@ class Observed:
     stats: dict[SharedInput, InputStats]
     drift: dict[SharedInput, Tensor] = field(default_factory=dict)
     seen: dict[str, Seen] = field(default_factory=dict)
+
+
+def merge_observed(a: Observed, b: Observed) -> Observed:
+    """What was observed of a block in two shares of the batches, ``a`` before ``b``."""
+    stats, drift, seen = dict(a.stats), dict(a.drift), dict(a.seen)
+    for group, theirs in b.stats.items():
+        stats[group] = merge(stats[group], theirs) if group in stats else theirs
+    for group, drift_II in b.drift.items():  # of means over all tokens, see `collect_drift`
+        drift[group] = drift[group] + drift_II if group in drift else drift_II
+    for name, those in b.seen.items():
+        seen[name] = merge_seen(seen[name], those) if name in seen else those
+    ordered = {group: stats[group] for group in a.shared if group in stats}
+    return Observed(a.shared, ordered, drift, seen)
 
 
 @dataclass(frozen=True, eq=False)

@@ -121,6 +121,11 @@ class Seen:
         )
 
 
+def merge_seen(a: Seen, b: Seen) -> Seen:
+    """One attention, of the union of two sets of batches."""
+    return Seen(a.layer, merge(a.key, b.key), merge(a.value, b.value))
+
+
 class CacheObserver(Cache):  # type: ignore[misc]
     """A cache that keeps nothing but statistics, by the name of the module that updated it."""
 
@@ -136,7 +141,7 @@ class CacheObserver(Cache):  # type: ignore[misc]
         name = self.running[-1]
         new = Seen(layer_idx, magnitudes(key_states), magnitudes(value_states))
         if (old := self.seen.get(name)) is not None:
-            new = Seen(layer_idx, merge(old.key, new.key), merge(old.value, new.value))
+            new = merge_seen(old, new)
         self.seen[name] = new
         return key_states, value_states
 

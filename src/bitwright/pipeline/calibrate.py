@@ -100,6 +100,11 @@ class HiddenStates:
         """How many tokens there are."""
         return self._shape[0] * self._shape[1]
 
+    @property
+    def count(self) -> int:
+        """How many batches there are."""
+        return -(-self._shape[0] // self.batch)
+
     def batches(self, index: int) -> Iterator[Batch]:
         """(where, hidden states, the call of block ``index``) for every batch."""
         for start in range(0, self._shape[0], self.batch):
@@ -109,6 +114,10 @@ class HiddenStates:
                 handle.seek(start * self._sample_bytes)
                 handle.readinto(memory_of(batch))
             yield where, batch, self._calls[where.stop - start][index]
+
+    def calls(self, index: int) -> dict[int, BlockCall]:
+        """The call of block ``index`` by the number of samples in a batch."""
+        return {samples: calls[index] for samples, calls in self._calls.items()}
 
     def put(self, where: slice, hidden_BTD: Tensor) -> None:
         """What a block puts out for one batch; it counts from the next `turn` on."""

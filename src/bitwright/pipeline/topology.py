@@ -138,10 +138,14 @@ def build_empty(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> n
 
 def compute_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """bfloat16 if the weights are stored so and the processor multiplies it, else float32."""
-    stored = [info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2]
-    is_bfloat16 = stored.count(torch.bfloat16) * 2 > len(stored)
     fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if is_bfloat16 and fast else torch.float32
+    return torch.bfloat16 if stored_in_bfloat16(checkpoint) and fast else torch.float32
+
+
+def stored_in_bfloat16(checkpoint: Checkpoint) -> bool:
+    """Whether most matrices of a checkpoint are."""
+    stored = [info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2]
+    return stored.count(torch.bfloat16) * 2 > len(stored)
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, ...]:

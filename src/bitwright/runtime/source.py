@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a GGUF file or the hub."""
+"""Where a model comes from: a folder, a GGUF file, a URL or the hub."""
 
 import re
 from pathlib import Path
@@ -8,12 +8,18 @@ from bitwright.errors import BadCheckpoint
 from bitwright.pipeline.checkpoint import Checkpoint, open_checkpoint
 from bitwright.pipeline.gguf_header import read_header
 from bitwright.pipeline.gguf_import import gguf_folder
+from bitwright.runtime.store import is_url, stage
 
 GGUF_FILE = "model.gguf"
 
 
 def resolve(model: str | Path) -> Checkpoint:
-    """Open a Hugging Face folder, a GGUF file (or its folder) or a hub id. Raises BadCheckpoint."""
+    """Open a Hugging Face folder, a GGUF file (or its folder), a URL of a folder, or a hub id.
+
+    Raises BadCheckpoint.
+    """
+    if is_url(model):
+        return open_checkpoint(stage(str(model)))
     path = Path(model).expanduser()
     if path.is_file() and path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         raise BadCheckpoint(
