@@ -67,11 +67,30 @@ def test_the_first_block_is_as_without_and_later_ones_aim_elsewhere(
     assert not any(same[name] for name in same if ".layers.1." in name)
 
 
+def test_independent_blocks_do_not_see_each_other(llama: Path, text: Path, tmp_path: Path) -> None:
+    """The second block's codes are those it gets with the first one left in 16 bits."""
+    options: dict[str, Any] = {
+        "scheme": "W2A16", "method": "gptq", "group_size": 32, "calibration": str(text),
+        "samples": 32, "sequence_length": 32,
+    }  # fmt: skip
+    quantize(llama, tmp_path / "independent", independent=True, **options)
+    quantize(llama, tmp_path / "alone", ignore=[r"layers\.0\."], **options)
+    report = quantize(llama, tmp_path / "sequential", **options)
+    found = {name: resolve(tmp_path / name) for name in ("independent", "alone", "sequential")}
+    fmt = format_of(found["alone"])
+    assert fmt is not None
+    for name in (name for name in report.plan.quantized if ".layers.1." in name):
+        codes = {key: read_layer(each, fmt, name).codes_OI for key, each in found.items()}
+        assert torch.equal(codes["independent"], codes["alone"])
+        assert not torch.equal(codes["independent"], codes["sequential"])
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"method": "gptq", "true_inputs": 1.5}, "0 \\(off\\) to 1"),
         ({"method": "rtn", "true_inputs": 0.5}, "methods that solve"),
+        ({"method": "gptq", "true_inputs": 0.5, "independent": True}, "original inputs only"),
     ],
 )
 def test_impossible_requests_are_refused(llama: Path, options: dict[str, Any], match: str) -> None:
