@@ -48,6 +48,7 @@ COLUMNS = (
     ("cache", 24, ""),
     ("perplexity", 10, ".4f"),
     ("over 16-bit", 11, "+.4f"),
+    ("KL", 9, ".6f"),
     ("bytes", 12, ",d"),
     ("bits", 6, ".3f"),
     ("s", 6, ".0f"),
@@ -117,6 +118,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=40, help="of evaluation")
     parser.add_argument("--evaluation-length", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=8192, help="that bytes are measured for")
+    parser.add_argument("--kl", action="store_true", help="divergence from 16 bits; twice as long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="kv-cache", help="of the results file")
     parser.add_argument("--again", action="store_true", help="measure rows that are known too")
@@ -146,7 +148,7 @@ def main() -> None:
             "tokens": args.tokens,
         }
         row = None if args.again else results.find(key)
-        if row is None:
+        if row is None or (args.kl and row.get("kl_divergence") is None):
             if (static and not seen) or (FEEDBACK in name and not feedback):
                 ids = tokenize(tokenizer, read_text(args.calibration))
                 chosen, _ = calibration_windows(ids, args.samples, args.sequence_length, args.seed)
@@ -154,16 +156,20 @@ def main() -> None:
                 feedback = key_feedback(model, chosen[:FEEDBACK_WINDOWS])
             new_cache = factory(model, name, seen, feedback)
             start = time.perf_counter()
-            scored = evaluate_model(model, windows, new_cache=new_cache)
+            scored = evaluate_model(
+                model, windows, new_cache=new_cache, reference=model if args.kl else None
+            )
             row = {
                 "perplexity": scored.perplexity,
+                "kl_divergence": scored.kl_divergence,
                 "seconds": round(time.perf_counter() - start, 1),
                 "bytes": measured_bytes(model, new_cache(), args.tokens),
             }
             results.add(key, row)
         plain = plain or row
         table.row(
-            name, row["perplexity"], row["perplexity"] - plain["perplexity"], row["bytes"],
+            name, row["perplexity"], row["perplexity"] - plain["perplexity"],
+            row.get("kl_divergence"), row["bytes"],
             16 * row["bytes"] / plain["bytes"], row["seconds"],
         )  # fmt: skip
 

@@ -168,3 +168,18 @@ def test_rounded_inputs_of_packed_layers(scheme: str) -> None:
     wanted = linear(round_input(x, parsed.input), dequantize(q))
     torch.testing.assert_close(PackedLinear(q)(x), wanted)
     assert not torch.allclose(wanted, linear(x, dequantize(q)), rtol=1e-4)
+
+
+def test_fp8_products_are_those_of_scaled_mm() -> None:
+    scheme = parse_scheme("W8A8-FP8")
+    assert scheme.input is not None
+    q = replace(rtn(torch.randn(48, 64), None, scheme.weight), input_spec=scheme.input)
+    x = torch.randn(5, 64)
+    scale_T1 = x.abs().amax(-1, keepdim=True) / 448
+    one = torch.ones(1)
+    sums = torch._scaled_mm(
+        (x / scale_T1).to(torch.float8_e4m3fn), q.codes_OI.view(torch.float8_e4m3fn).T, one, one,
+        out_dtype=torch.float32,
+    )  # fmt: skip
+    wanted = sums * scale_T1 * q.scale_RG.float().T
+    torch.testing.assert_close(PackedLinear(q)(x), wanted, rtol=1e-4, atol=1e-4)
