@@ -18,7 +18,12 @@ _OTHERS = re.compile(r"window|position|token|theta|max_|_ids?$|per_tok")
 
 
 def require_plausible(checkpoint: Checkpoint) -> None:
-    """Raises BadCheckpoint, naming the entry, for a size far beyond all tensors."""
+    """Raises BadCheckpoint, naming the entry, for a size far beyond all tensors.
+
+    A config.json read without tensors, as for `bitwright plan`, has nothing to be compared with.
+    """
+    if not checkpoint.tensors:
+        return
     infos = checkpoint.tensors.values()
     largest = max((side for info in infos for side in info.shape), default=1)
     stacked = max((info.shape[0] for info in infos if len(info.shape) > 2), default=0)
