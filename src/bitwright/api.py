@@ -192,26 +192,32 @@ def new_cache_of(
     return cache_factory(checkpoint, network, text)
 
 
-def load(model: str | Path, *, packed: bool = False) -> tuple[Any, Any]:
+def load(model: str | Path, *, packed: bool = False, device: str = "cpu") -> tuple[Any, Any]:
     """(transformers model, tokenizer) of a folder, hub id or GGUF file, quantized or not.
 
     With ``packed``, quantized Linears keep their codes and scales in memory instead of 16-bit
     weights (docs/runtime.md): 4-bit weights and INT8 W8A8 have kernels and are faster for it,
-    others are slower.
+    others are slower; on "cuda" more have (docs/kernels.md). Raises BadRequest for "cuda" where
+    there is no GPU.
     """
     checkpoint = resolve(model)
-    return load_model(checkpoint, packed=packed), load_tokenizer(checkpoint)
+    return load_model(checkpoint, packed=packed, device=device), load_tokenizer(checkpoint)
 
 
 def generate(
-    model: str | Path, prompt: str, *, max_new_tokens: int = 64, kv_rounding: str = "nearest"
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    kv_rounding: str = "nearest",
+    device: str = "cpu",
 ) -> str:
     """The model's greedy answer to one prompt, through its chat template if it has one.
 
-    ``kv_rounding``: see `new_cache_of`.
+    ``kv_rounding``: see `new_cache_of`. Raises BadRequest for "cuda" where there is no GPU.
     """
     checkpoint = resolve(model)
-    network = load_model(checkpoint, packed=True, panels=False)
+    network = load_model(checkpoint, packed=True, panels=False, device=device)
     tokenizer = load_tokenizer(checkpoint)
     new_cache = new_cache_of(checkpoint, network, kv_rounding)
     if tokenizer.chat_template:
@@ -219,7 +225,7 @@ def generate(
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     else:
         text = prompt
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(network.device)
     with torch.no_grad():
         out = network.generate(
             input_ids=inputs["input_ids"],

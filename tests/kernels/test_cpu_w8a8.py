@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitwright.kernels.cpu_w8a8 import pack_int8, round_to_int8, w8a8_int8, why_not_int8
+from bitwright.kernels.cpu_w8a8 import round_to_int8, w8a8_int8, why_not_int8
 from bitwright.kernels.dispatch import product
+from bitwright.kernels.layouts import pack_eight_bits
 from bitwright.kernels.reference import linear
 from bitwright.methods.rtn import rtn
 from bitwright.schemes.inputs import round_input
@@ -48,26 +49,26 @@ def test_products_are_the_specified_ones(
     assert q.input_spec is not None
     rounded = round_input(x.float(), q.input_spec, q.input_scale)
     torch.testing.assert_close(codes.float() * scale, rounded, rtol=1e-6, atol=1e-7)
-    found, wanted = w8a8_int8(x.float(), pack_int8(q)), linear(x.float(), q)
+    found, wanted = w8a8_int8(x.float(), pack_eight_bits(q)), linear(x.float(), q)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    assert w8a8_int8(x, pack_int8(q)).dtype == dtype
+    assert w8a8_int8(x, pack_eight_bits(q)).dtype == dtype
 
 
 def test_zero_inputs_are_zero() -> None:
     q = layer(5, 16, 0, static=False, per_tensor=False)
-    out = w8a8_int8(torch.zeros(3, 16), pack_int8(q))
+    out = w8a8_int8(torch.zeros(3, 16), pack_eight_bits(q))
     assert q.bias_O is not None
     assert torch.equal(out, q.bias_O.expand(3, 5))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_operator_compiles_whole() -> None:
-    w = pack_int8(layer(5, 16, 0, static=False, per_tensor=False))
+    w = pack_eight_bits(layer(5, 16, 0, static=False, per_tensor=False))
     x = torch.randn(2, 3, 16)
     compiled = torch.compile(lambda x: product(x, w), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), product(x, w))
     torch.library.opcheck(
-        torch.ops.bitwright.w8a8_cpu.default, (x, w.codes_OI, w.scale_O, w.bias_O, None),
+        torch.ops.bitwright.w8a8_cpu.default, (x, w.codes_OI, w.scale, w.bias_O, None),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 

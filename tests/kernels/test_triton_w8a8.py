@@ -9,9 +9,9 @@ triton_w8a8 = pytest.importorskip(
     "bitwright.kernels.triton_w8a8", reason="NOT TESTED: Triton is not installed"
 )
 
+from bitwright.kernels.layouts import EightBitWeight, pack_eight_bits  # noqa: E402
 from bitwright.kernels.reference import linear  # noqa: E402
 from bitwright.methods.rtn import rtn  # noqa: E402
-from bitwright.numerics.rounding import decode  # noqa: E402
 from bitwright.schemes.inputs import round_input  # noqa: E402
 from bitwright.schemes.quantized import QuantizedLinear  # noqa: E402
 from bitwright.schemes.scheme import parse_scheme  # noqa: E402
@@ -31,15 +31,6 @@ def layer(kind: str, rows: int, cols: int) -> QuantizedLinear:
     return replace(q, bias_O=bias, input_spec=KINDS[kind].input)
 
 
-def packed(q: QuantizedLinear) -> object:
-    dtype = torch.int8 if q.spec.grid.bits == 8 and q.spec == KINDS["int8"].weight else None
-    values = decode(q.codes_OI, q.spec.grid)
-    codes = values.to(dtype or torch.float8_e4m3fn)
-    per_channel = q.scale_RG.shape == (q.shape[0], 1)
-    scale = q.scale_RG.float().flatten() if per_channel else q.scale_RG.float()
-    return triton_w8a8.EightBitWeight(codes, scale.contiguous(), q.bias_O)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("tokens", "rows", "cols"), SIZES)
 def test_products_are_the_specified_ones(kind: str, tokens: int, rows: int, cols: int) -> None:
@@ -47,8 +38,17 @@ def test_products_are_the_specified_ones(kind: str, tokens: int, rows: int, cols
         cols = -(-cols // 128) * 128
     q = layer(kind, rows, cols)
     x = torch.randn(tokens, cols).half()
-    found = triton_w8a8.w8a8(x, packed(q))
+    found = triton_w8a8.w8a8(x, pack_eight_bits(q))
     assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), linear(x.float(), q), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_calibrated_scales_are_used(kind: str) -> None:
+    static = KINDS[kind].with_activations("static")
+    q = replace(layer(kind, 33, 200), input_spec=static.input, input_scale=torch.tensor([0.01]))
+    x = torch.randn(5, 200).half()  # most of it is beyond the range
+    found = triton_w8a8.w8a8(x, pack_eight_bits(q))
     torch.testing.assert_close(found.float(), linear(x.float(), q), rtol=2e-3, atol=2e-3)
 
 
@@ -66,6 +66,6 @@ def test_inputs_are_rounded_as_specified(kind: str) -> None:
 
 def test_integer_sums_are_exact() -> None:
     codes = torch.full((2, 4096), 127, dtype=torch.int8)
-    w = triton_w8a8.EightBitWeight(torch.full((3, 4096), 127, dtype=torch.int8), torch.ones(3))
+    w = EightBitWeight(torch.full((3, 4096), 127, dtype=torch.int8), torch.ones(3))
     out = triton_w8a8.product(codes, torch.ones(2, 1), w, torch.float32)
     assert out.tolist() == [[float(127 * 127 * 4096)] * 3] * 2

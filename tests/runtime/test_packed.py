@@ -154,11 +154,6 @@ def test_the_operator_compiles_whole() -> None:
     assert product(x, layer._packed).shape == (2, 3, 96)
 
 
-def test_other_devices_have_no_kernel_yet() -> None:
-    q = rtn(torch.randn(8, 128), None, parse_scheme("W4A16").weight)
-    assert "no kernel for cuda" in why_not(q, "cuda")
-
-
 @pytest.mark.parametrize("scheme", ["W4A8-INT8", "W4A8-FP8", "W4A4", "MXFP4"])
 def test_rounded_inputs_of_packed_layers(scheme: str) -> None:
     parsed = parse_scheme(scheme)

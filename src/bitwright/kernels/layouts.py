@@ -1,7 +1,7 @@
 """A QuantizedLinear's codes, reordered into what the kernels load: pure functions over tensors.
 
-Both layouts keep 4 bits per weight, whatever format the checkpoint had, and any grid of at most
-16 values: the kernels look a code's value up in ``table`` (integers, E2M1).
+Codes keep the bits they have, whatever format the checkpoint had. CPUs look up the value of any
+grid of at most 16 values in ``table``; GPUs compute those of integers of 4 or 8 bits and of E2M1.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bitwright.numerics.grids import E2M1, E4M3, E8M0, IntGrid, values
+from bitwright.numerics.groups import PER_CHANNEL, PER_TENSOR, PER_TOKEN
+from bitwright.numerics.rounding import decode
 from bitwright.schemes.quantized import QuantizedLinear
 
 LANES = 64  # output channels of one CPU tile: four vectors of 16
-BLOCK = 128  # input columns of one GPU block: eight steps of 16
+WORDS = 32  # 16-bit words of one channel in one GPU block
+BLOCK = 128  # rows and columns of a block of FP8 weights
+LOCKS = 1024  # output tiles of a GPU product that may share their columns out
 STEP = 8  # input columns of one 16-byte row of a CPU tile
 
 
@@ -43,32 +47,97 @@ class CpuWeight:
 
 @dataclass(frozen=True, eq=False)
 class GpuWeight:
-    """4-bit integer weights in the order the Triton kernel loads them.
+    """4- or 8-bit weights in the order the Triton kernel loads them.
 
-    ``words_BOS``: int32 (blocks of 128 columns, O, 16). Nibble j of word s of block b holds input
-    column 128 b + 16 j + s: shifting a tile of words by 4 j gives 16 neighbouring columns, a whole
-    step of a tensor core's product, without moving anything between threads. A tile of a block's
-    channels is one contiguous piece of memory. Columns are padded to 128 with code 0.
-    ``scale_GO``: (G, O), 16 bits or float32, neighbours are channels; ``zero_GO``: int32 or None,
-    ``middle`` is subtracted where it is None; ``middle`` is None for E2M1 codes. ``factor``: the
-    scale of the whole tensor.
+    ``words_BOS``: int16 (blocks, O, 32). Code j of word s of block b is input column
+    ``block`` b + 32 j + s, where a block is 128 columns of 4 bits or 64 of 8: a tile of words read
+    in a tensor core's operand order, shifted, is the operand of 32 neighbouring columns. A tile of
+    a block's channels is one contiguous piece of memory. Columns are padded with code 0.
+    ``scale_GO``: (G, O), 16 bits or float32, neighbours are channels; ``zero_GO``: int16 or None,
+    ``middle`` is subtracted where it is None; ``middle`` is None for E2M1 codes. ``locks``: int32
+    zeros, the kernel's counters. ``factor``: the scale of the whole tensor.
     """
 
     words_BOS: Tensor
     scale_GO: Tensor
     zero_GO: Tensor | None
-    middle: int | None
+    locks: Tensor
     bias_O: Tensor | None
     order_I: Tensor | None
     shape: tuple[int, int]
     group_size: int
+    middle: int | None
     factor: float = 1.0
+    bits: int = 4
+
+    @property
+    def block(self) -> int:
+        """Input columns of one block."""
+        return WORDS * 16 // self.bits
 
 
-def why_not_packed(q: QuantizedLinear) -> str:
-    """Why no 4-bit kernel can hold this layer; "" if one can."""
+@dataclass(frozen=True, eq=False)
+class EightBitWeight:
+    """``codes_OI``: int8 or float8_e4m3fn. ``scale``: float32 (O,), or (ceil(O/128), ceil(I/128)).
+
+    ``bias_O``: float32 or None. ``input_scale``: float32 (1,), None where it is found per token
+    (and per 128 columns, where the weight has blocks). ``on_gpu``: whose kernel it is for.
+    """
+
+    codes_OI: Tensor
+    scale: Tensor
+    bias_O: Tensor | None = None
+    input_scale: Tensor | None = None
+    on_gpu: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return (self.codes_OI.shape[0], self.codes_OI.shape[1])
+
+
+def why_not_eight_bits(q: QuantizedLinear) -> str:
+    """Why no W8A8 kernel can hold this layer; "" if one can."""
+    spec, inputs = q.spec, q.input_spec
+    if inputs is None or spec.grid != inputs.grid or spec.grid not in (IntGrid(8), E4M3):
+        return "weights and inputs are not both INT8 or both E4M3"
+    if spec.asymmetric or not isinstance(spec.scale, torch.dtype):
+        return "its weights have zero points, or scales that are not floats"
+    if inputs.scale != torch.float32 or inputs.asymmetric:
+        return "its inputs have no symmetric float32 scales"
+    if spec.group == (BLOCK, BLOCK):
+        fits = inputs.mode == "dynamic" and inputs.group == (1, BLOCK) and q.shape[1] % BLOCK == 0
+        return "" if fits else "its inputs have no scale per token and 128 columns"
+    if spec.group not in (PER_CHANNEL, PER_TENSOR):
+        return "its weights have no scale per channel, tensor or 128 x 128 block"
+    if inputs.mode == "dynamic" and inputs.group != PER_TOKEN:
+        return "its inputs have no scale per token"
+    return ""
+
+
+def pack_eight_bits(q: QuantizedLinear) -> EightBitWeight:
+    """The storage of W8A8 kernels, where ``q`` is; `why_not_eight_bits` must be empty."""
+    integers = isinstance(q.spec.grid, IntGrid)
+    if integers:
+        codes = decode(q.codes_OI, q.spec.grid, torch.int16).to(torch.int8)
+    else:
+        codes = q.codes_OI.view(torch.float8_e4m3fn)
+    scale = q.scale_RG.float()
+    if q.spec.group != (BLOCK, BLOCK):
+        scale = scale.flatten().expand(q.shape[0])
+    static = q.input_spec is not None and q.input_spec.mode == "static"
+    return EightBitWeight(
+        codes_OI=codes.contiguous(),
+        scale=scale.contiguous(),
+        bias_O=None if q.bias_O is None else q.bias_O.float(),
+        input_scale=q.input_scale.float() if static and q.input_scale is not None else None,
+    )
+
+
+def why_not_packed(q: QuantizedLinear, bits: int = 4) -> str:
+    """Why no kernel of up to ``bits`` bits can hold this layer; "" if one can."""
     spec = q.spec
-    if spec.grid.bits > 4:
+    if spec.grid.bits > bits:
         return f"its weights have {spec.grid.bits} bits"
     if q.input_spec is not None:
         return "its input is rounded too"
@@ -131,43 +200,48 @@ def unpack_cpu_rows(w: CpuWeight, first: int, last: int) -> Tensor:
 
 def why_not_on_gpu(q: QuantizedLinear) -> str:
     """Why the Triton kernel cannot hold this layer; "" if it can."""
-    if reason := why_not_packed(q):
+    if reason := why_not_packed(q, 8):
         return reason
     if not isinstance(q.spec.grid, IntGrid) and q.spec.grid != E2M1:
         return "its grid is neither integers nor E2M1"
-    size = _group_size(q)
-    if size not in (16, 32, 64) and size % BLOCK and size != q.shape[1]:
-        return f"its group size {size} is not 16, 32, 64, a multiple of {BLOCK} or the whole row"
+    size, block = _group_size(q), WORDS * 16 // _stored_bits(q)
+    if size not in (16, 32, 64) and size % block and size != q.shape[1]:
+        return f"its group size {size} is not 16, 32, 64, a multiple of {block} or the whole row"
     return ""
 
 
 def pack_for_gpu(q: QuantizedLinear) -> GpuWeight:
-    """The Triton kernel's storage; `why_not_on_gpu` must be empty."""
+    """The Triton kernel's storage, where ``q`` is; `why_not_on_gpu` must be empty."""
     codes_OI, order_I = _ordered(q)
-    rows, cols = q.shape
-    blocks = -(-cols // BLOCK)
-    full = pad(codes_OI, (0, blocks * BLOCK - cols)).to(torch.int32)
-    nibbles = full.reshape(rows, blocks, 8, 16)  # O B J S
-    zero = torch.zeros((), dtype=torch.int32)
-    words = sum((nibbles[:, :, j] << (4 * j) for j in range(8)), zero)
+    (rows, cols), bits = q.shape, _stored_bits(q)
+    places = 16 // bits
+    blocks = -(-cols // (WORDS * places))
+    full = pad(codes_OI, (0, blocks * WORDS * places - cols)).to(torch.int16)
+    codes = full.reshape(rows, blocks, places, WORDS)  # O B J S
+    words = torch.zeros(rows, blocks, WORDS, dtype=torch.int16, device=full.device)
+    for j in range(places):
+        words |= codes[:, :, j] << (bits * j)
     grid = q.spec.grid
     return GpuWeight(
         words_BOS=words.permute(1, 0, 2).contiguous(),
         scale_GO=_stored_scale(q, (torch.bfloat16, torch.float16, torch.float32)).T.contiguous(),
-        zero_GO=None if q.zero_point_RG is None else q.zero_point_RG.T.to(torch.int32).contiguous(),
-        middle=-grid.lowest if isinstance(grid, IntGrid) else None,
+        zero_GO=None if q.zero_point_RG is None else q.zero_point_RG.T.to(torch.int16).contiguous(),
+        locks=torch.zeros(LOCKS, dtype=torch.int32, device=full.device),
         bias_O=q.bias_O,
         order_I=order_I,
         shape=q.shape,
         group_size=_group_size(q),
+        middle=-grid.lowest if isinstance(grid, IntGrid) else None,
         factor=1.0 if q.global_scale is None else float(q.global_scale),
+        bits=bits,
     )
 
 
 def unpack_gpu(w: GpuWeight) -> Tensor:
     """The weight of a GpuWeight: float32 (O, I), columns as stored."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=w.words_BOS.device)[:, None]
-    codes = (w.words_BOS.permute(1, 0, 2).unsqueeze(2) >> shifts) & 15  # O B J S
+    shifts = torch.arange(0, 16, w.bits, dtype=torch.int32, device=w.words_BOS.device)[:, None]
+    words = w.words_BOS.permute(1, 0, 2).to(torch.int32)
+    codes = (words.unsqueeze(2) >> shifts) & ((1 << w.bits) - 1)  # O B J S
     codes = codes.reshape(w.shape[0], -1)[:, : w.shape[1]]
     scale = _spread(w.scale_GO.float(), w)
     if w.middle is None:
@@ -178,6 +252,10 @@ def unpack_gpu(w: GpuWeight) -> Tensor:
 
 def _spread(value_GO: Tensor, w: GpuWeight) -> Tensor:
     return value_GO.T.repeat_interleave(w.group_size, dim=1)
+
+
+def _stored_bits(q: QuantizedLinear) -> int:
+    return 4 if q.spec.grid.bits <= 4 else 8
 
 
 def split_terms(x: Tensor) -> Tensor:

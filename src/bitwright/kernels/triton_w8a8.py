@@ -10,44 +10,28 @@ Products of codes are exact; INT8 sums too. FP8 needs sm_89. Imported only where
 TRITON_INTERPRET=1 the same code runs on CPU tensors (codes widened to float32 there).
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitwright.kernels.layouts import BLOCK, EightBitWeight
 from bitwright.kernels.tiles import Tile, tile_for
 
-BLOCK = 128
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+RANGE = {torch.int8: (-128.0, 127.0), torch.float8_e4m3fn: (-448.0, 448.0)}
 
 
 # By the number of rows: the first entry whose limit holds. Not measured yet.
 TILES = ((16, Tile(16, 64, 4, 4)), (64, Tile(64, 64, 4, 4)), (1 << 30, Tile(128, 128, 8, 3)))
 
 
-@dataclass(frozen=True, eq=False)
-class EightBitWeight:
-    """``codes_OI``: int8 or float8_e4m3fn. ``scale``: float32 (O,), or (ceil(O/128), ceil(I/128)).
-
-    ``bias_O``: float32 or None.
-    """
-
-    codes_OI: Tensor
-    scale: Tensor
-    bias_O: Tensor | None = None
-
-    @property
-    def blocks(self) -> bool:
-        """Whether scales belong to 128 x 128 blocks."""
-        return self.scale.ndim == 2
-
-
-def quantize_tokens(x_MI: Tensor, dtype: torch.dtype, *, blocks: bool) -> tuple[Tensor, Tensor]:
+def quantize_tokens(
+    x_MI: Tensor, dtype: torch.dtype, *, blocks: bool = False, static: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(codes (M, I) of ``dtype``, float32 scales (M, 1) or (M, ceil(I/128))) of 16-bit inputs.
 
-    The scale is max|x| / 127 or / 448; codes are the nearest ones, ties to even.
+    The scale is max|x| / 127 or / 448, or ``static``, float32 (1,), for all; codes are the nearest
+    ones, ties to even.
     """
     x_MI = x_MI.contiguous()
     rows, cols = x_MI.shape
@@ -56,16 +40,19 @@ def quantize_tokens(x_MI: Tensor, dtype: torch.dtype, *, blocks: bool) -> tuple[
     parts = triton.cdiv(cols, width)
     scales = (rows, parts if blocks else 1)
     scale = torch.empty(scales, dtype=torch.float32, device=x_MI.device)
-    _quantize[(rows,)](
-        x_MI, codes, scale, cols, LARGEST[dtype], WIDTH=width, BLOCKS=parts,
-        PER_BLOCK=blocks, INTEGER=dtype == torch.int8,
-    )  # fmt: skip
+    if rows:
+        _quantize[(rows,)](
+            x_MI, codes, scale, static, cols, *RANGE[dtype], WIDTH=width, BLOCKS=parts,
+            PER_BLOCK=blocks, STATIC=static is not None, INTEGER=dtype == torch.int8,
+        )  # fmt: skip
     return codes, scale
 
 
 def w8a8(x_MI: Tensor, w: EightBitWeight) -> Tensor:
-    """x Wᵀ + bias of 16-bit inputs, rounded here: (M, I) -> (M, O) in ``x_MI``'s dtype."""
-    codes, scale = quantize_tokens(x_MI, w.codes_OI.dtype, blocks=w.blocks)
+    """x Wᵀ + bias of inputs rounded here: (M, I) -> (M, O) in ``x_MI``'s dtype. Never waits."""
+    codes, scale = quantize_tokens(
+        x_MI, w.codes_OI.dtype, blocks=w.scale.ndim == 2, static=w.input_scale
+    )
     return product(codes, scale, w, x_MI.dtype)
 
 
@@ -74,10 +61,13 @@ def product(codes_MI: Tensor, scale: Tensor, w: EightBitWeight, dtype: torch.dty
     (rows, cols), channels = codes_MI.shape, len(w.codes_OI)
     tile = tile_for(rows, TILES)
     out = torch.empty(rows, channels, dtype=dtype, device=codes_MI.device)
+    if not rows:
+        return out
     _product[(triton.cdiv(rows, tile.rows), triton.cdiv(channels, tile.channels))](
         codes_MI, w.codes_OI, scale, w.scale, w.bias_O, out, rows, channels, cols,
         ROWS=tile.rows, CHANNELS=tile.channels, STEP=BLOCK, BLOCKS=triton.cdiv(cols, BLOCK),
-        PER_BLOCK=w.blocks, INTEGER=codes_MI.dtype == torch.int8, HAS_BIAS=w.bias_O is not None,
+        PER_BLOCK=w.scale.ndim == 2, INTEGER=codes_MI.dtype == torch.int8,
+        HAS_BIAS=w.bias_O is not None,
         WIDE=codes_MI.device.type == "cpu", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
@@ -85,14 +75,18 @@ def product(codes_MI: Tensor, scale: Tensor, w: EightBitWeight, dtype: torch.dty
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _quantize(  # type: ignore[no-untyped-def]
-    x_ptr, codes_ptr, scale_ptr, cols, largest,
-    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, INTEGER: tl.constexpr,
+    x_ptr, codes_ptr, scale_ptr, static_ptr, cols, smallest, largest,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, STATIC: tl.constexpr,
+    INTEGER: tl.constexpr,
 ):  # fmt: skip
     """One row. The second reading of it comes from the cache."""
     row = tl.program_id(0)
     step = tl.arange(0, WIDTH)
     amax = tl.full((), 0.0, tl.float32)
-    if not PER_BLOCK:
+    if STATIC:
+        amax = tl.load(static_ptr)
+        tl.store(scale_ptr + row, amax)
+    elif not PER_BLOCK:
         for block in range(BLOCKS):
             column = block * WIDTH + step
             x = tl.load(x_ptr + row * cols + column, mask=column < cols, other=0).to(tl.float32)
@@ -107,7 +101,7 @@ def _quantize(  # type: ignore[no-untyped-def]
             scale = tl.max(tl.abs(x), 0)
             scale = tl.where(scale > 0, scale / largest, 1.0)
             tl.store(scale_ptr + row * BLOCKS + block, scale)
-        value = tl.minimum(tl.maximum(x / scale, -largest), largest)
+        value = tl.minimum(tl.maximum(x / scale, smallest), largest)
         if INTEGER:
             # adding 1.5 * 2^23 leaves no bits for a fraction: nearest, ties to even
             code = ((value + 12582912.0) - 12582912.0).to(tl.int8)

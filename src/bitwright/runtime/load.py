@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.errors import BadCheckpoint, BadShape, BadTensor
+from bitwright.errors import BadCheckpoint, BadRequest, BadShape, BadTensor
 from bitwright.formats import FORMATS, get_format
-from bitwright.kernels.dispatch import why_not
+from bitwright.kernels.dispatch import interpreted, why_not
 from bitwright.pipeline.checkpoint import Checkpoint, TensorInfo
 from bitwright.pipeline.topology import build_empty, compute_dtype, match_names, materialize
 from bitwright.runtime.linear import PackedLinear
@@ -107,18 +107,23 @@ def load_model(
     dtype: torch.dtype | None = None,
     packed: bool = False,
     panels: bool = True,
+    device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     observe: Observe = lambda parameter, name, q: None,
 ) -> Any:
-    """The model with its weights dequantized to ``dtype`` (default: as computed), on the CPU.
+    """The model with its weights dequantized to ``dtype`` (default: as computed), on ``device``.
 
     Inputs of Linears with low-bit activations are rounded as their scheme says. What it computes
     is the specification that every runtime is compared with. With ``packed``, Linears keep their
-    codes and scales instead: less memory, the same up to rounding of sums; faster where this
-    machine has a kernel, slower for the others, which are dequantized in parts in every call,
+    codes and scales instead: less memory, the same up to rounding of sums; faster where that
+    device has a kernel, slower for the others, which are dequantized in parts in every call,
     or, without ``panels``, as if not ``packed``. ``observe`` sees every quantized layer with its
-    parameter's name.
+    parameter's name. Raises BadRequest for a GPU that is not there.
     """
+    device = torch.device(device)
+    emulated = device.type == "cuda" and not torch.cuda.is_available()
+    if emulated and not interpreted():
+        raise BadRequest("there is no GPU here: use the device cpu")
     fmt = format_of(checkpoint)
     quantized: set[str] = set()
     plain = checkpoint
@@ -131,8 +136,8 @@ def load_model(
         name = tensor.removesuffix(".weight")
         if fmt is not None and tensor.endswith(".weight") and name in quantized:
             q = read_layer(checkpoint, fmt, name)
-            if packed and (panels or not why_not(q)):
-                _put_packed(model, parameter.removesuffix(".weight"), q)
+            if packed and (panels or not why_not(q, device)):
+                _put_packed(model, parameter.removesuffix(".weight"), q, device)
                 continue
             observe(parameter, name, q)
             value: Tensor = dequantize(q, dtype)
@@ -147,7 +152,7 @@ def load_model(
             value = checkpoint.read([tensor])[tensor]
         materialize(model, {parameter: value}, dtype)
     model.tie_weights()  # type: ignore[operator]
-    return model
+    return model if emulated else model.to(device)
 
 
 def runs_as_stored(model: nn.Module) -> bool:
@@ -155,7 +160,7 @@ def runs_as_stored(model: nn.Module) -> bool:
     return not any(m.by_panels for m in model.modules() if isinstance(m, PackedLinear))
 
 
-def _put_packed(model: nn.Module, name: str, q: QuantizedLinear) -> None:
+def _put_packed(model: nn.Module, name: str, q: QuantizedLinear, device: torch.device) -> None:
     """In place of a Linear; its bias, which has no codes, comes with ``q``."""
     linear = model.get_submodule(name)
     if linear.weight.shape != q.shape:
@@ -164,7 +169,7 @@ def _put_packed(model: nn.Module, name: str, q: QuantizedLinear) -> None:
             f"{list(linear.weight.shape)}"  # type: ignore[arg-type]
         )
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, PackedLinear(q))
+    setattr(model.get_submodule(owner), leaf, PackedLinear(q, device=device))
 
 
 def round_inputs(linear: nn.Module, q: QuantizedLinear) -> None:
