@@ -141,18 +141,24 @@ void from_panel(const __m512i* panel, int64_t pairs, const uint32_t* x, float* t
     default: CALL(6); break;   \
   }
 
-inline void store(void* out, int64_t at, float value, int kind) {
+// Up to 16 values, rounded to nearest even.
+inline void store(void* out, int64_t at, __m512 value, __mmask16 lanes, int kind) {
   if (kind == FP32) {
-    static_cast<float*>(out)[at] = value;
-  } else if (kind == FP16) {
-    static_cast<uint16_t*>(out)[at] = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
-  } else {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    bits = nan ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
-    static_cast<uint16_t*>(out)[at] = uint16_t(bits >> 16);
+    _mm512_mask_storeu_ps(static_cast<float*>(out) + at, lanes, value);
+    return;
   }
+  __m256i half;
+  if (kind == FP16) {
+    half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+  } else {  // not vcvtneps2bf16, which takes subnormal numbers for zero
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    sum = _mm512_mask_or_epi32(sum, nan, bits, _mm512_set1_epi32(0x400000));
+    half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
+  }
+  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out) + at, lanes, half);
 }
 
 }  // namespace
@@ -230,13 +236,18 @@ extern "C" void w4a16(const uint16_t* x, int64_t terms, int64_t m, int64_t k, co
           }
         }
         const int64_t channels = std::min<int64_t>(LANES, n - t * LANES);
-        for (int64_t r = 0; r < real; ++r)
-          for (int64_t c = 0; c < channels; ++c) {
-            float value = total[r * LANES + c];
-            for (int64_t e = 1; e < terms; ++e) value += total[(e * real + r) * LANES + c];
-            value = value * factor + (bias ? bias[t * LANES + c] : 0.0f);
-            store(out, (m0 + r) * n + t * LANES + c, value, out_kind);
+        for (int64_t j = 0; j < channels; j += 16) {
+          const __mmask16 lanes = channels - j < 16 ? (1u << (channels - j)) - 1 : 0xffff;
+          const __m512 extra = bias ? _mm512_maskz_loadu_ps(lanes, bias + t * LANES + j)
+                                    : _mm512_setzero_ps();
+          for (int64_t r = 0; r < real; ++r) {
+            __m512 value = _mm512_loadu_ps(total.data() + r * LANES + j);
+            for (int64_t e = 1; e < terms; ++e)
+              value = _mm512_add_ps(value, _mm512_loadu_ps(&total[(e * real + r) * LANES + j]));
+            value = _mm512_fmadd_ps(value, _mm512_set1_ps(factor), extra);
+            store(out, (m0 + r) * n + t * LANES + j, value, lanes, out_kind);
           }
+        }
       }
     }
   }

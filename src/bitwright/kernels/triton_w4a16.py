@@ -69,9 +69,7 @@ def w4a16(x_MI: Tensor, w: GpuWeight) -> Tensor:
     return out
 
 
-def constants(
-    w: GpuWeight, dtype: torch.dtype, share: int, tile: Tile
-) -> dict[str, int | bool]:
+def constants(w: GpuWeight, dtype: torch.dtype, share: int, tile: Tile) -> dict[str, int | bool]:
     """What a variant of the product is compiled for, ``share`` blocks of columns per program."""
     block, blocks = w.block, len(w.words_BOS)
     small = w.group_size < block and w.group_size != w.shape[1]
