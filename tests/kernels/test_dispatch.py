@@ -16,6 +16,7 @@ from bitwright.errors import BadRequest
 from bitwright.kernels.dispatch import interpreted, pack, product, why_not
 from bitwright.kernels.layouts import CpuWeight, EightBitWeight, GpuWeight
 from bitwright.kernels.reference import linear, tolerance
+from bitwright.methods.kquant import kquant
 from bitwright.methods.rtn import rtn
 from bitwright.runtime.linear import PackedLinear
 from bitwright.runtime.load import load_model
@@ -25,7 +26,7 @@ from bitwright.schemes.scheme import Scheme, parse_scheme
 
 pytest.importorskip("triton", reason="NOT TESTED: Triton is not installed")
 
-W4, INT8, FP8 = (parse_scheme(name) for name in ("W4A16", "W8A8-INT8", "W8A8-FP8"))
+W4, INT8, FP8, Q4_K = map(parse_scheme, ("W4A16", "W8A8-INT8", "W8A8-FP8", "Q4_K"))
 SCHEMES = {
     "W4A16": W4, "W4A16 asymmetric": W4.with_weight(group_size=32, asymmetric=True),
     "W8A16": parse_scheme("W8A16"), "NVFP4A16": parse_scheme("NVFP4A16"),
@@ -169,16 +170,27 @@ def test_a_move_keeps_storage_and_refuses_the_wrong_device(monkeypatch: pytest.M
     on_gpu = PackedLinear(layer(W4), device="cuda")
     on_gpu.to("cpu")  # where the interpreter wants it
     monkeypatch.setattr("bitwright.runtime.linear.interpreted", lambda: False)
-    with pytest.raises(BadRequest, match="packed for GPUs and cannot run on cpu: load the model"):
+    with pytest.raises(BadRequest, match="packed for cuda and cannot run on cpu: load the model"):
         on_gpu.to("cpu")
 
 
 def test_what_no_kernel_takes_is_named() -> None:
     q = layer(W4)
     assert "no kernel for mps" in why_not(q, "mps")
-    assert "not both" in why_not(replace(q, input_spec=INT8.input), "cuda")
-    with pytest.raises(BadRequest, match="cannot be packed"):
-        pack(replace(q, input_spec=INT8.input), "cuda")
+    with pytest.raises(BadRequest, match="cannot be packed: there is no kernel for mps"):
+        pack(q, "mps")
+    assert "super-blocks" in why_not(kquant(torch.randn(4, 256), None, Q4_K.weight), "cuda")
+
+
+def test_rounded_inputs_and_layers_without_a_kernel_run_on_gpus_too() -> None:
+    x = torch.randn(3, 256).half()
+    for q in (replace(layer(W4), input_spec=INT8.input),
+              kquant(torch.randn(40, 256), None, Q4_K.weight)):  # fmt: skip
+        off = (PackedLinear(q, device="cuda")(x).float() - linear(x.float(), q)).abs()
+        assert (off <= tolerance(x, q, 1e-2)).all()
+    panels = PackedLinear(q, device="cuda").to(torch.device("cpu"))
+    assert panels.by_panels
+    assert panels.codes is panels._packed.codes
 
 
 def test_a_machine_without_triton_or_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
