@@ -18,7 +18,8 @@ from cpu_w4a16 import CACHE_BYTES, medians
 from torch.nn.functional import linear
 
 from bitwright.kernels import reference
-from bitwright.kernels.cpu_w8a8 import pack_int8, w8a8_int8
+from bitwright.kernels.cpu_w8a8 import w8a8_int8
+from bitwright.kernels.layouts import pack_eight_bits
 from bitwright.methods.rtn import rtn
 from bitwright.schemes.quantized import dequantize
 from bitwright.schemes.scheme import parse_scheme
@@ -43,11 +44,11 @@ def main() -> None:
         q = replace(q, input_spec=scheme.input)
         x = torch.randn(3, cols)
         torch.testing.assert_close(
-            w8a8_int8(x, pack_int8(q)), reference.linear(x, q), rtol=1e-3, atol=1e-2
+            w8a8_int8(x, pack_eight_bits(q)), reference.linear(x, q), rtol=1e-3, atol=1e-2
         )
         dense = dequantize(q, torch.bfloat16)
         plain = [dense.clone() for _ in range(max(1, round(CACHE_BYTES / dense.nbytes)))]
-        packed = [pack_int8(q) for _ in range(max(1, round(CACHE_BYTES / q.codes_OI.nbytes)))]
+        packed = [pack_eight_bits(q) for _ in range(max(1, round(CACHE_BYTES / q.codes_OI.nbytes)))]
         for batch in args.batches:
             x = torch.randn(batch, cols).bfloat16()
             found = medians(

@@ -48,7 +48,6 @@ def test_the_interpreter_stands_in_for_a_gpu(name: str) -> None:
     assert interpreted()
     assert why_not(q, "cuda") == ""
     packed = PackedLinear(q, device="cuda")
-    assert "W8" in repr(packed) or "W4" in repr(packed)
     x = torch.randn(2, 3, 256).half()
     found = packed(x)
     assert found.shape == (2, 3, 40)
