@@ -25,8 +25,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bitwright.kernels.cpu_w4a16 import w4a16
-from bitwright.kernels.cpu_w8a8 import pack_int8, w8a8_int8
-from bitwright.kernels.layouts import pack_for_cpu
+from bitwright.kernels.cpu_w8a8 import w8a8_int8
+from bitwright.kernels.layouts import pack_eight_bits, pack_for_cpu
 from bitwright.methods.rtn import rtn
 from bitwright.planning.efficiency import kernels
 from bitwright.planning.hardware import Device, overheads
@@ -52,7 +52,7 @@ def products(seconds: float) -> dict[str, tuple[float, float]]:
     makers: dict[str, tuple[float, Callable[[], Any], Callable[..., Any]]] = {
         "16-bit": (16.0, dense.clone, linear),
         "weight-only": (q4.bits_per_weight, lambda: pack_for_cpu(q4), w4a16),
-        "8-bit": (q8.bits_per_weight, lambda: pack_int8(q8), w8a8_int8),
+        "8-bit": (q8.bits_per_weight, lambda: pack_eight_bits(q8), w8a8_int8),
     }
     found = {}
     for name, (bits, make, product) in makers.items():

@@ -141,11 +141,15 @@ def generate(
     kv_rounding: Annotated[
         str, typer.Option(help="Keys of a quantized cache: nearest, or feedback (for queries).")
     ] = "nearest",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Answer one prompt, greedily."""
     from bitwright import api
 
-    print(api.generate(model, prompt, max_new_tokens=max_new_tokens, kv_rounding=kv_rounding))
+    answer = api.generate(
+        model, prompt, max_new_tokens=max_new_tokens, kv_rounding=kv_rounding, device=device
+    )
+    print(answer)
 
 
 @app.command()

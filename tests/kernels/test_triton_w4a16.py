@@ -237,5 +237,5 @@ def test_the_gpu_benchmark_runs_dry() -> None:
         [sys.executable, str(script), "--dry"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("of the allowed error") == 12
+    assert done.stdout.count("of the allowed error") == 14
     assert "nothing was timed" in done.stdout

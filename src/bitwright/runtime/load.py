@@ -120,6 +120,8 @@ def load_model(
     or, without ``panels``, as if not ``packed``. ``observe`` sees every quantized layer with its
     parameter's name. Raises BadRequest for a GPU that is not there.
     """
+    if str(device).partition(":")[0] not in ("cpu", "cuda"):
+        raise BadRequest(f"unknown device {str(device)!r}; known: cpu, cuda")
     device = torch.device(device)
     emulated = device.type == "cuda" and not torch.cuda.is_available()
     if emulated and not interpreted():
