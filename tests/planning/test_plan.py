@@ -12,6 +12,8 @@ from support.cli import Ran, run_apart, run_here
 import bitwright
 from bitwright.errors import BadRequest, UnknownName
 from bitwright.planning.hardware import device_names
+from bitwright.planning.model import model_facts
+from bitwright.planning.plan import quantize_here
 
 SCHEMES = {
     "W16A16", "W8A8-FP8", "W8A8-INT8", "W4A16", "NVFP4", "GGUF-Q8_0", "GGUF-Q6_K", "GGUF-Q5_K",
@@ -143,6 +145,22 @@ def test_json(llama70: Path, run: Run) -> None:
     assert "W8A16" in details["schemes"]["W8A8-FP8"]["A100-80GB"]["fallback"]
     assert details["schemes"]["W8A8-FP8"]["H100-SXM"]["fallback"] == ""
     assert details["quantize_here"]["gptq"]["seconds"] > details["quantize_here"]["rtn"]["seconds"]
+
+
+def test_quantizing_takes_about_what_was_measured(config: WriteConfig) -> None:
+    """The shape of Llama-2-7B with a vocabulary of 49152, as docs/scale.md reports it."""
+    shape = {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 49152, "tie_word_embeddings": True,
+    }  # fmt: skip
+    whole = model_facts(config(model_type="llama", num_hidden_layers=32, **shape))
+    rtn = quantize_here(whole)["rtn"]
+    assert rtn["seconds"] == pytest.approx(264, rel=0.5)
+    assert rtn["ram_bytes"] == pytest.approx(2.15e9, rel=0.2)
+    two = model_facts(config(model_type="llama", num_hidden_layers=2, **shape))
+    gptq = quantize_here(two, tokens=8 * 512)["gptq"]
+    assert gptq["seconds"] == pytest.approx(105, rel=0.6)
+    assert gptq["ram_bytes"] == pytest.approx(4.09e9, rel=0.2)
 
 
 def test_a_process_of_its_own_needs_no_weights(config: WriteConfig) -> None:

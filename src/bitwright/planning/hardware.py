@@ -134,9 +134,11 @@ class Quantizing:
     """What quantizing costs on a machine like the one it was measured on."""
 
     base_bytes: float
+    blocks_held: float
     start_seconds: float
     bytes_per_second: float
     token_weights_per_second: float
+    solve_operations_per_second: float
     calibration_tokens: int
     origin: Origin
     source: str

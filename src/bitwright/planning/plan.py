@@ -113,7 +113,7 @@ def plan(
             "gpus": gpus,
             "kv_cache": {str(b): _cache(facts, b, context, concurrency) for b in (16, 8, 4)},
             "schemes": details,
-            "quantize_here": _quantize_here(facts),
+            "quantize_here": quantize_here(facts),
             "devices": {name: asdict(device) for name, device in devices.items()},
             "kernels": {
                 name: {kernel: asdict(value) for kernel, value in known.items()}
@@ -254,21 +254,30 @@ def _describe(facts: ModelFacts, context: int) -> dict[str, Any]:
     }
 
 
-def _quantize_here(facts: ModelFacts) -> dict[str, Any]:
-    """Seconds, RAM and disk of `bitwright quantize` on a machine like the measured one."""
+def quantize_here(facts: ModelFacts, tokens: int | None = None) -> dict[str, Any]:
+    """Seconds, RAM and disk of `bitwright quantize` on a machine like the measured one.
+
+    ``tokens``: of calibration, default as `bitwright quantize` has it. Solving a Linear of I inputs
+    takes O x I² operations, factorizing the second moments of its inputs 2/3 I³ (counted for every
+    Linear, though Linears of one input share them).
+    """
     cost = quantizing()
+    tokens = tokens or cost.calibration_tokens
     table = 2.0 * facts.embedding[0] * facts.embedding[1] if facts.embedding else 0.0
-    block = 2.0 * facts.linear_parameters / max(facts.layers, 1)
+    block = 2.0 * facts.linear_parameters / max(facts.layers, 1) * cost.blocks_held
     widest = max((m.shape[1] for m in facts.linears), default=0)
-    tokens = cost.calibration_tokens
     plain = cost.start_seconds + 2.0 * facts.parameters / cost.bytes_per_second
+    operations = sum(
+        m.count * (m.size * m.shape[1] + 2 / 3 * m.shape[1] ** 3) for m in facts.linears
+    )
     calibrated = plain + tokens * facts.linear_parameters / cost.token_weights_per_second
-    work = 3 * block + tokens * widest * 2 / 8 + 12.0 * widest**2
+    calibrated += operations / cost.solve_operations_per_second
+    work = block + tokens * widest * 2 / 8 + 12.0 * widest**2
     output = max(weight_bytes(s, facts) for s in SCHEMES if s.number_bits == 8)
     return {
         "rtn": {
             "seconds": plain,
-            "ram_bytes": round(cost.base_bytes + max(table, 3 * block)),
+            "ram_bytes": round(cost.base_bytes + max(table, block)),
             "disk_bytes": output,
         },
         "gptq": {
