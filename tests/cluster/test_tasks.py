@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from support.models import VOCABULARY
+from torch import nn
 
 from bitwright.api import prepare
 from bitwright.cluster import tasks
+from bitwright.cluster.ray_engine import FLOPS, worthwhile_shares
 from bitwright.cluster.wire import pack, placed, unpack
 from bitwright.errors import BadCheckpoint
 from bitwright.pipeline.block import merge_observed
@@ -69,6 +71,18 @@ def test_a_worker_reads_the_shards_of_its_block_alone(
     assert [path.name for path in staged.glob("*.safetensors")] == [
         "model-00002-of-00003.safetensors"
     ]
+
+
+def test_as_many_shares_as_are_worthwhile() -> None:
+    with torch.device("meta"):
+        linears = {
+            "a.q": nn.Linear(4096, 4096), "a.o": nn.Linear(4096, 4096),
+            "m.up": nn.Linear(4096, 11008), "m.down": nn.Linear(11008, 4096),
+        }  # fmt: skip
+    tokens = 128 * 2048
+    assert worthwhile_shares(linears, tokens, FLOPS["cpu"], 16) == 16
+    assert worthwhile_shares(linears, tokens, FLOPS["cuda"], 16) == 1
+    assert worthwhile_shares(linears, tokens, 4e12, 64) in (16, 32)  # 43 s alone, 1.2 s per merge
 
 
 def test_a_folder_that_a_worker_does_not_see_is_named(llama: Path, tmp_path: Path) -> None:

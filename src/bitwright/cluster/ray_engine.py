@@ -7,10 +7,11 @@ changes nothing, so the result is the same bytes. How many shares there are is s
 and all that results depend on it is the order in which statistics are summed.
 """
 
+import math
 import socket
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import ray
 import torch
 from ray import exceptions
+from torch import nn
 
 from bitwright.cluster import tasks
 from bitwright.cluster.wire import pack, unpack
@@ -31,6 +33,8 @@ from bitwright.pipeline.run import Finished, Progress
 from bitwright.pipeline.topology import stored_in_bfloat16
 
 RETRIES = 5
+FLOPS = {"cpu": 5e10, "cuda": 4e14}  # a second, about what a core or a GPU replays with
+MERGED = 5e8  # bytes of statistics a second, about what a core merges
 Ref = Any  # a result of Ray's, here or still to come
 Started = Any  # tasks of one block
 
@@ -82,7 +86,7 @@ class Crew:
         """Raises ClusterError if there is no room for a single worker."""
         gpus, memory = (
             int(engine.device == "cuda"),
-            peak_bytes(work.source, work.topology, work.plan),
+            peak_bytes(work.source, work.topology, work.plan, overlap=False),
         )
         self.takes = {"num_cpus": engine.cpus, "memory": memory, "max_retries": RETRIES}
         self.gpus, self.work, self.peak = gpus, work, 0
@@ -97,13 +101,16 @@ class Crew:
                 f"no machine of the Ray cluster has what one task may need: {engine.cpus} CPU(s), "
                 f"{memory / 2**30:.2f} GiB of memory" + " and a GPU" * gpus
             )
+        tokens = 0 if hidden is None else hidden.tokens
+        flops = FLOPS[engine.device] * (1 if gpus else engine.cpus)
+        self.worthwhile = worthwhile_shares(work.topology.linears[0], tokens, flops, self.size)
         self._job = ray.put(
             tasks.Job(
                 uuid.uuid4().hex,
                 work.source,
                 work.plan,
                 torch.bfloat16 if gpus and stored_in_bfloat16(work.source) else work.dtype,
-                0 if hidden is None else hidden.tokens,
+                tokens,
                 engine.device,
                 engine.cpus,
                 engine.url,
@@ -157,8 +164,8 @@ class Crew:
         return observing, level[0]
 
     def shares(self, states: HiddenStates, index: int) -> list[Ref]:
-        """The hidden states, cut into a share for every worker while there are batches."""
-        number = min(self.size, states.count)
+        """The hidden states, cut into as many shares as are worthwhile and have a batch."""
+        number = min(self.worthwhile, states.count)
         out: list[Ref] = []
         share: tasks.Held = []
         for seen, (where, batch, _) in enumerate(states.batches(index), 1):
@@ -167,6 +174,24 @@ class Crew:
                 out.append(_put(share))
                 share = []
         return out
+
+
+def worthwhile_shares(
+    linears: Mapping[str, nn.Linear], tokens: int, flops: float, workers: int
+) -> int:
+    """Into how many shares the batches go: more are replayed sooner, their statistics merged later.
+
+    ``linears``: those of a block; ``flops``: floating-point operations a second of a worker.
+    """
+    inputs = {(name.rpartition(".")[0], each.in_features) for name, each in linears.items()}
+    squares = sum(width**2 for _, width in inputs)
+    replay = tokens * (4 * sum(each.weight.numel() for each in linears.values()) + squares) / flops
+    merge = 4 * squares / MERGED
+
+    def seconds(shares: int) -> float:
+        return replay / shares + math.ceil(math.log2(shares)) * merge
+
+    return min(range(1, workers + 1), key=seconds)
 
 
 def _rolling(

@@ -29,7 +29,7 @@ def merge(a: InputStats, b: InputStats) -> InputStats:
     total = a.tokens + b.tokens
     share_a, share_b = a.tokens / total, b.tokens / total
     return InputStats(
-        hessian_II=a.hessian_II * share_a + b.hessian_II * share_b,
+        hessian_II=(a.hessian_II * share_a).add_(b.hessian_II * share_b),
         absmean_I=a.absmean_I * share_a + b.absmean_I * share_b,
         absmax_I=torch.maximum(a.absmax_I, b.absmax_I),
         tokens=total,
