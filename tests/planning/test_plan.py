@@ -234,6 +234,14 @@ def test_advice_is_given_for_every_device(priority: str, gpus: int | None, llama
         assert native or "weights only" in advice["reason"]
 
 
+def test_advice_says_when_not_all_sequences_fit(llama70: Path) -> None:
+    many = bitwright.plan(llama70, gpu="H100")["recommendation"]["H100-SXM"]
+    assert many["scheme"] == "W8A8-FP8"
+    assert "all that were asked need 4" in many["reason"]  # 69.5 + 32 x 2.7 GB, 3 not dividing 64
+    one = bitwright.plan(llama70, gpu="H100", concurrency=1)["recommendation"]["H100-SXM"]
+    assert "asked" not in one["reason"]
+
+
 def test_advice_where_nothing_fits(llama70: Path) -> None:
     advice = bitwright.plan(llama70, gpu="T4", gpus=1)["recommendation"]["T4"]
     assert advice["scheme"] == "W4A16"

@@ -94,9 +94,13 @@ def _show(found: dict[str, Any], explain: bool) -> None:
     for method in ("rtn", "gptq"):
         cost = details["quantize_here"][method]
         out.print(
-            f"Quantizing on 2 cores by {method}: {cost['seconds'] / 60:.0f} min, "
+            f"Quantizing on 2 cores by {method}: {_duration(cost['seconds'])}, "
             f"{cost['ram_bytes'] / 1e9:.1f} GB RAM, {cost['disk_bytes'] / 1e9:.1f} GB disk"
         )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
 def _table(found: dict[str, Any], name: str) -> Table:

@@ -111,7 +111,7 @@ def _blackwell(
     return Recommendation(
         "NVFP4",
         f"{device.name} multiplies 4-bit floats natively: {option.weight_gb:.1f} GB on "
-        f"{_count(option.devices, device)}, about {option.decode:.0f} tokens/s",
+        f"{_count(option.devices, device)}, about {option.decode:.0f} tokens/s{_rest(option)}",
     )
 
 
@@ -132,7 +132,8 @@ def _eight_bit_float(
     return Recommendation(
         "W8A8-FP8",
         f"{device.name} multiplies FP8 natively: half the bytes of 16 bits, twice the arithmetic "
-        f"rate, little loss; {_count(option.devices, device)}, about {option.decode:.0f} tokens/s",
+        f"rate, little loss; {_count(option.devices, device)}, about {option.decode:.0f} "
+        f"tokens/s{_rest(option)}",
     )
 
 
@@ -167,8 +168,15 @@ def _four_bit(device: Device, fitting: Mapping[str, Option], priority: Priority)
     return Recommendation(
         name,
         f"{why}: {option.weight_gb:.1f} GB on {_count(option.devices, device)}{instead}, by AWQ or "
-        f"GPTQ, with a Marlin-class kernel; about {option.decode:.0f} tokens/s",
+        f"GPTQ, with a Marlin-class kernel; about {option.decode:.0f} tokens/s{_rest(option)}",
     )
+
+
+def _rest(option: Option) -> str:
+    """What it takes for all sequences asked, where the devices counted hold fewer of them."""
+    if option.devices_full <= option.devices:
+        return ""
+    return f", with as many sequences as fit; all that were asked need {option.devices_full}"
 
 
 def _count(count: int, device: Device) -> str:
