@@ -52,7 +52,9 @@ def peers(args: argparse.Namespace, prompt: list[int], threads: int) -> dict[str
         ("vLLM 16 bits", args.python_vllm, "speed_vllm.py", args.model),
     ):
         if python and model:
-            where = json.dumps(str(Path(model).resolve()))
+            path = Path(model).resolve()
+            path = path / "model.gguf" if (path / "model.gguf").exists() else path
+            where = json.dumps(str(path))
             found[name] = [python, str(PEERS / script), where, *rest]
     return found
 
@@ -64,7 +66,7 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--quantized", required=True)
-    parser.add_argument("--gguf", help="for llama.cpp")
+    parser.add_argument("--gguf", help="a file or bitwright's folder, for llama.cpp")
     parser.add_argument("--python-llamacpp")
     parser.add_argument("--python-vllm")
     parser.add_argument("--tokens", type=int, default=64)
