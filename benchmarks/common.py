@@ -11,9 +11,11 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,19 +60,32 @@ class Child:
         return found if isinstance(found, dict) else {}
 
 
-def run(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> Child:
-    """Run ``command`` to its end and read its wall time and peak memory from wait4."""
+def run(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    kill_after: float | None = None,
+) -> Child:
+    """Run ``command`` to its end and read its wall time and peak memory from wait4.
+
+    ``kill_after``: seconds after which it gets SIGKILL; the code is -9 then.
+    """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         start = time.perf_counter()
         process = subprocess.Popen(
             command, stdout=out, stderr=err, env={**os.environ, **(environment or {})}
         )
+        alarm = threading.Timer(kill_after or 0.0, os.kill, (process.pid, signal.SIGKILL))
+        if kill_after is not None:
+            alarm.start()
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
             process.kill()
             process.wait()
             raise
+        finally:
+            alarm.cancel()
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         texts = []

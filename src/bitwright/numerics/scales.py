@@ -18,7 +18,8 @@ Search = Literal["absmax", "mse"]
 
 CANDIDATES = 64
 SMALLEST_RATIO = 0.45
-VALUES_AT_ONCE = 1 << 21  # their candidates stay in the cache
+GROUPS_AT_ONCE = 1 << 14  # their candidates stay in the cache
+VALUES_AT_ONCE = 1 << 21
 
 
 Storage = torch.dtype | Grid
@@ -92,7 +93,8 @@ def choose_scale(
     if importance_RC is None:
         importance_RC = torch.ones_like(x_NC[:1])
     rows = len(importance_RC)
-    at_once = -(-VALUES_AT_ONCE // (rows * x_NC.shape[1])) * rows
+    at_once = min(GROUPS_AT_ONCE, VALUES_AT_ONCE // x_NC.shape[1])
+    at_once = max(1, -(-at_once // rows)) * rows
     if len(x_NC) > at_once:  # groups are independent, and candidates take more than the values
         parts = [
             choose_scale(

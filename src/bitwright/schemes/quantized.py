@@ -11,7 +11,7 @@ from bitwright.numerics.rounding import decode, encode
 from bitwright.numerics.scales import storage_dtype
 from bitwright.schemes.scheme import Spec
 
-CODES_AT_ONCE = 1 << 22  # rounding takes several times the memory of the codes
+CODES_AT_ONCE = 1 << 20  # rounding takes several times the memory of the codes
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ def quantize_to(
     step = max(1, CODES_AT_ONCE // (shape[1] * rows)) * rows
     if len(scale_RG) == 1:
         step = max(1, CODES_AT_ONCE // shape[1])
-    codes = []
+    codes_OI = torch.empty(shape, dtype=torch.uint8, device=weight_OI.device)
     for start in range(0, shape[0], step):
         part_OI = weight_OI[start : start + step]
         scales = slice(start // rows, -(-(start + step) // rows)) if len(scale_RG) > 1 else slice(1)
@@ -128,8 +128,8 @@ def quantize_to(
         scaled = part_OI / expand(scale_RG[scales], part, spec.group)
         if zero_RG is not None:
             scaled = scaled.round_().add_(expand(zero_RG[scales], part, spec.group))
-        codes.append(encode(scaled, spec.grid))
-    return assemble(torch.cat(codes), spec, scale_RG, zero_RG, global_scale)
+        codes_OI[start : start + step] = encode(scaled, spec.grid)
+    return assemble(codes_OI, spec, scale_RG, zero_RG, global_scale)
 
 
 def assemble(
