@@ -59,11 +59,18 @@ def test_options_of_ray_alone(
     assert match in ran.err
 
 
+def lost_argument() -> Exception:
+    """What Ray raises for a task that waited for a lost one."""
+    return exceptions.RayTaskError("f", "trace", exceptions.WorkerCrashedError())
+
+
 @pytest.mark.parametrize(
     ("error", "match"),
     [
         (exceptions.OutOfMemoryError("killed at 15 of 16 GB\nmore"), r"OutOfMemory.*15 of 16 GB\)"),
         (exceptions.WorkerCrashedError(), "--resume goes on"),
+        (lost_argument(), r"WorkerCrashedError: .*--resume goes on"),
+        (exceptions.RayTaskError("f", "trace", MemoryError("1 GB")), "out of memory: 1 GB"),
     ],
 )
 def test_lost_workers_are_told_in_one_line(error: Exception, match: str) -> None:

@@ -305,7 +305,7 @@ def _errors_told() -> Iterator[None]:
     """Errors of workers as bitwright's own."""
     try:
         yield
-    except exceptions.RayTaskError as error:
+    except exceptions.RayError as error:
         cause: BaseException = error
         while isinstance(cause, exceptions.RayTaskError):
             cause = cause.cause
@@ -313,10 +313,10 @@ def _errors_told() -> Iterator[None]:
             raise cause from None
         if isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or "allocate" in str(cause):
             raise ClusterError(f"a worker ran out of memory: {_line(cause)}") from error
-        raise
-    except exceptions.RayError as error:  # a lost worker, or one stopped for its memory
-        raise ClusterError(
-            f"a task failed {RETRIES + 1} times ({type(error).__name__}: {_line(error)}); finished "
+        if not isinstance(cause, exceptions.RayError):
+            raise  # a fault of bitwright's
+        raise ClusterError(  # workers or machines lost, or stopped for their memory, too often
+            f"the cluster could not finish ({type(cause).__name__}: {_line(cause)}); finished "
             "blocks are kept: --resume goes on behind them"
         ) from error
 

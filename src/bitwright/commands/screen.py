@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 screen = Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or GGUF file.")]
+Model = Annotated[str, typer.Argument(help="Hugging Face folder or its URL, hub id, or GGUF file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
 
