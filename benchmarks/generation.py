@@ -21,6 +21,7 @@ import torch
 from common import Results, Table, run
 
 from bitwright.api import load
+from bitwright.evaluation.verify import SETTINGS
 
 PEERS = Path(__file__).resolve().parent / "peers"
 PROMPT = "The history of numbers begins"
@@ -102,9 +103,11 @@ def main() -> None:
 
     for name, spent in times.items():
         record(name, spent)
-    threads = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    # vLLM keeps a core for itself unless told how many threads there are
+    threads = {"OMP_NUM_THREADS": str(args.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+               "PYTHONPATH": ""}  # fmt: skip
     for name, command in peers(args, prompt[0].tolist(), args.threads).items():
-        done = run(command, environment=threads)
+        done = run(command, environment=SETTINGS | threads)
         lines = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
         if lines:
             record(name, json.loads(lines[-1])["seconds"])
