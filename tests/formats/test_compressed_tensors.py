@@ -1,6 +1,10 @@
 """The compressed-tensors format: its own inverse, and read by the package of that name."""
 
+import json
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from compressed_tensors.compressors import BaseCompressor, PackedQuantizationCom
 from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from bitwright.errors import BadCheckpoint, BadRequest, BadShape, UnknownName
 from bitwright.formats import FORMATS, get_format
@@ -20,6 +25,7 @@ from bitwright.schemes.scheme import Scheme, Spec, parse_scheme
 
 NAME = "model.layers.0.self_attn.q_proj"
 FORMAT = get_format("compressed-tensors")
+GOLDEN = Path(__file__).parent.parent / "golden" / "compressed_tensors.safetensors"
 
 
 @st.composite
@@ -136,6 +142,29 @@ def test_the_package_decompresses_the_same_low_bit_weight(case: str) -> None:
     tolerance = 0.01 if q.spec.two_level else 0  # the package divides scales in bfloat16
     torch.testing.assert_close(weight, dequantize(q, torch.bfloat16).float(),
                                rtol=tolerance, atol=0)  # fmt: skip
+
+
+@cache
+def golden() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    with safe_open(GOLDEN, framework="pt") as handle:
+        configs = {name: json.loads(text) for name, text in handle.metadata().items()}
+        return configs, {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("case", sorted(golden()[0]))
+def test_layers_of_the_package_are_read_and_written_identically(case: str) -> None:
+    configs, tensors = golden()
+    stored = {name: t for name, t in tensors.items() if name.startswith(f"{case}.")}
+    weight = stored.pop(f"{case}.weight_read")
+    q = FORMAT.decode(case, stored, configs[case])
+    if q.spec.two_level:  # the package divides scales in bfloat16
+        torch.testing.assert_close(dequantize(q, weight.dtype), weight, rtol=0.01, atol=0)
+    else:
+        assert torch.equal(dequantize(q, weight.dtype), weight)
+    written = FORMAT.encode(case, q)
+    assert written.keys() == stored.keys()
+    for name, tensor in written.items():
+        assert _same(tensor, stored[name]), name
 
 
 @pytest.mark.parametrize("lost", ["weight_global_scale", "input_global_scale", "weight_scale"])

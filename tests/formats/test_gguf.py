@@ -1,5 +1,7 @@
 """GGUF block types: their own inverse, and the bytes the gguf package reads and writes."""
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from gguf.quants import dequantize as gguf_dequantize
 from gguf.quants import quantize as gguf_quantize
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from support.layers import assert_same, random_linear
 
 from bitwright.errors import BadCheckpoint, BadRequest, BadShape
@@ -20,6 +23,7 @@ from bitwright.schemes.scheme import Scheme, Spec, parse_scheme
 
 NAME = "model.layers.0.mlp.down_proj"
 FORMAT = get_format("gguf")
+GOLDEN = Path(__file__).parent.parent / "golden" / "llamacpp.safetensors"
 KINDS = {kind: key for key, kind in TYPES.items()}
 
 
@@ -72,6 +76,21 @@ def test_blocks_of_the_gguf_package_are_read_and_written_identically(kind: str) 
     assert q.spec.grid.bits == bits
     assert torch.equal(dequantize(q), torch.from_numpy(gguf_dequantize(data.numpy(), number)))
     assert torch.equal(FORMAT.encode(NAME, q)[f"{NAME}.gguf_blocks"], data)
+
+
+@pytest.mark.parametrize("matrix", ["", "-imatrix"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+def test_blocks_of_llama_cpp_are_read_identically(kind: str, matrix: str) -> None:
+    stored = load_file(GOLDEN)
+    data, values = (stored[f"{kind}{matrix}.{part}"] for part in ("blocks", "values"))
+    q = FORMAT.decode(NAME, {f"{NAME}.gguf_blocks": data}, {"types": {NAME: kind}})
+    assert torch.equal(dequantize(q), values)
+    written = FORMAT.encode(NAME, q)[f"{NAME}.gguf_blocks"]
+    if q.spec.super_blocks:  # the same multiples may be of another unit
+        read = gguf_dequantize(written.numpy(), gguf.GGMLQuantizationType[kind])
+        assert torch.equal(torch.from_numpy(read), values)
+    else:
+        assert torch.equal(written, data)
 
 
 @pytest.mark.parametrize("size", [64, 128, -1])
