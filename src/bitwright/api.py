@@ -94,21 +94,29 @@ def execute(
     plan = prepared.plan
     tokens = None
     if plan.calibration is not None:
-        tokens, note = calibration_tokens(prepared.source, plan.calibration, plan.seed)
+        tokens, note = calibration_tokens(
+            prepared.source, plan.calibration, plan.seed, device=prepared.topology.device
+        )
         return_freed_memory()
         if note:
             plan = replace(plan, notes=(*plan.notes, note))
-    return write_checkpoint(
-        prepared.fmt,
-        target,
-        lambda folder, replacing: quantize_checkpoint(
-            prepared.source, prepared.topology, folder, plan, prepared.fmt, tokens_NT=tokens,
-            overwrite=replacing, resume=resume, overlap=prepared.overlap, progress=progress,
-            engine=engine,
-        ),
-        overwrite=overwrite,
-        progress=progress,
-    )  # fmt: skip
+    try:
+        return write_checkpoint(
+            prepared.fmt,
+            target,
+            lambda folder, replacing: quantize_checkpoint(
+                prepared.source, prepared.topology, folder, plan, prepared.fmt, tokens_NT=tokens,
+                overwrite=replacing, resume=resume, overlap=prepared.overlap, progress=progress,
+                engine=engine,
+            ),
+            overwrite=overwrite,
+            progress=progress,
+        )  # fmt: skip
+    except torch.OutOfMemoryError as error:
+        raise BadRequest(
+            "the GPU has too little memory for one block, its statistics and a batch: free some "
+            "of it, or take --device cpu; --resume goes on after the last finished block"
+        ) from error
 
 
 def checked_target(source: Checkpoint, output: str | Path, *, overwrite: bool) -> Path:

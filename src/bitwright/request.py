@@ -16,9 +16,10 @@ from bitwright.numerics.grids import FloatGrid, IntGrid
 from bitwright.numerics.groups import dividing_sizes
 from bitwright.pipeline.budget import parse_size, peak_bytes, predicted_bytes, require_memory
 from bitwright.pipeline.checkpoint import Checkpoint
+from bitwright.pipeline.device import pick_device
 from bitwright.pipeline.experts import Experts, routers
 from bitwright.pipeline.online import transform_config
-from bitwright.pipeline.topology import Topology, discover, layer_name
+from bitwright.pipeline.topology import Topology, discover, layer_name, on_device
 from bitwright.runtime.gguf_export import check_exportable
 from bitwright.runtime.load import dequantized, format_of
 from bitwright.runtime.source import quantized_gguf, resolve
@@ -88,6 +89,7 @@ def prepare(
     true_inputs: float = 0.0,
     independent: bool = False,
     memory: str | None = None,
+    device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Prepared:
     """Check a request against the model's headers; nothing is computed yet.
@@ -97,7 +99,8 @@ def prepare(
     GPTQ's; ``smoothing`` is SmoothQuant's strength, searched if None; ``true_inputs``: see
     methods.gptaq; ``independent``: calibrate every block on the original model's inputs, not
     behind the quantized blocks before it; ``memory``: refuse a run that may need more, such as
-    "8GiB", and give up reading ahead where it only fits without. ``activations`` (dynamic, static),
+    "8GiB", and give up reading ahead where it only fits without; ``device``: where to compute,
+    "auto", "cpu" or "cuda". ``activations`` (dynamic, static),
     ``granularity`` (tensor, channel, block), ``kv_cache`` (none, fp8, int8, int4) and ``kv_scales``
     (tensor, head, token) change what the scheme's name says; ``input_range``: see methods.ranges;
     ``runtime``: refuse what it cannot load, see schemes/runtimes.toml. Raises BadRequest, BadShape,
@@ -144,7 +147,8 @@ def prepare(
             f"{source.folder} rotates inputs while running, which only compressed-tensors can "
             "say: rotate with --no-online, or write that format"
         )
-    topology = discover(source, trust_remote_code=trust_remote_code)
+    where = pick_device(device)
+    topology = on_device(discover(source, trust_remote_code=trust_remote_code), where)
     if true_inputs and any(isinstance(module, Experts) for module in topology.model.modules()):
         raise BadRequest("--true-inputs compares token by token, but experts get unlike tokens")
     shapes = {

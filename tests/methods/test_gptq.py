@@ -10,12 +10,11 @@ from support.problems import integer_spec, layer, with_hessian
 from torch import Tensor
 
 from bitwright.errors import BadShape, NotPositiveDefinite
-from bitwright.methods.gptq import _solve_batch, gptq
+from bitwright.methods.gptq import gptq
 from bitwright.methods.objective import output_error
 from bitwright.methods.rtn import choose_scales, rtn
-from bitwright.numerics.grids import E2M1, E4M3, E5M2, FloatGrid, IntGrid
+from bitwright.numerics.grids import E2M1, E4M3, IntGrid
 from bitwright.numerics.groups import expand
-from bitwright.numerics.rounding import encode
 from bitwright.numerics.scales import project
 from bitwright.schemes.quantized import QuantizedLinear, dequantize
 from bitwright.schemes.scheme import Spec
@@ -224,57 +223,3 @@ def test_shapes_it_cannot_solve_are_refused() -> None:
         gptq(weight, stats, Spec(IntGrid(4), (2, 8)))
     with pytest.raises(BadShape, match="does not divide"):
         gptq(weight, stats, integer_spec(4, 24))
-
-
-def _solve_batch_by_columns(
-    work_OB: Tensor, upper_BB: Tensor, scale_OB: Tensor, zero_OB: Tensor | None, spec: Spec
-) -> tuple[Tensor, Tensor]:
-    """What the compiled loop computes, one tensor operation per column."""
-    work_OB = work_OB.clone()
-    codes_OB = torch.empty(work_OB.shape, dtype=torch.uint8)
-    error_OB = torch.empty_like(work_OB)
-    for i in range(work_OB.shape[1]):
-        scale, zero = scale_OB[:, i], None if zero_OB is None else zero_OB[:, i]
-        nearest = project(work_OB[:, i], scale, zero, spec.grid)
-        level = nearest / scale if zero is None else nearest / scale + zero
-        codes_OB[:, i] = encode(level, spec.grid)
-        error_OB[:, i] = (work_OB[:, i] - nearest) / upper_BB[i, i]
-        work_OB[:, i + 1 :] -= torch.outer(error_OB[:, i], upper_BB[i, i + 1 :])
-    return codes_OB, error_OB
-
-
-@given(grid=st.sampled_from([E4M3, E2M1, E5M2]), seed=SEEDS, width=st.integers(1, 30))
-def test_compiled_float_columns_equal_the_tensor_form(
-    grid: FloatGrid, seed: int, width: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    work = 3 * torch.randn(7, width, generator=generator, dtype=torch.float64)
-    upper = torch.randn(width, width, generator=generator, dtype=torch.float64).triu()
-    upper.diagonal().abs_().add_(0.5)
-    scale = torch.rand(7, width, generator=generator, dtype=torch.float64) + 0.01
-    spec = Spec(grid, (1, -1), scale=torch.float32)
-    plain = _solve_batch_by_columns(work, upper, scale, None, spec)
-    compiled = _solve_batch(work.clone(), upper, scale, None, spec)
-    assert torch.equal(compiled[0], plain[0])
-    torch.testing.assert_close(compiled[1], plain[1], rtol=1e-9, atol=1e-9)
-
-
-@given(bits=BITS, seed=SEEDS, asymmetric=st.booleans(), width=st.integers(1, 30))
-def test_compiled_columns_equal_the_tensor_form(
-    bits: int, seed: int, asymmetric: bool, width: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    work = torch.randn(7, width, generator=generator, dtype=torch.float64)
-    upper = torch.randn(width, width, generator=generator, dtype=torch.float64).triu()
-    upper.diagonal().abs_().add_(0.5)
-    spec = integer_spec(bits, asymmetric=asymmetric)
-    scale = torch.rand(7, width, generator=generator, dtype=torch.float64) + 0.1
-    zero = None
-    if asymmetric:
-        zero = torch.randint(1 << bits, (7, width), generator=generator).double()
-    before = work.clone()
-    plain = _solve_batch_by_columns(work, upper, scale, zero, spec)
-    assert torch.equal(work, before)
-    compiled = _solve_batch(work.clone(), upper, scale, zero, spec)
-    assert torch.equal(compiled[0], plain[0])
-    torch.testing.assert_close(compiled[1], plain[1], rtol=1e-9, atol=1e-9)

@@ -145,7 +145,7 @@ def test_a_request_that_cannot_be(
 
 
 def test_cuda_that_is_not_there(run: Run, model: Path) -> None:
-    _refused(_quantize(run, model, "--device", "cuda"), "CPU only")
+    _refused(_quantize(run, model, "--device", "cuda"), "no CUDA device")
 
 
 def test_an_output_that_exists(run: Run, model: Path, tmp_path: Path) -> None:

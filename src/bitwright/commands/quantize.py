@@ -134,7 +134,6 @@ def quantize(
     from bitwright.runtime.store import is_url, require_nothing_at, write_text
 
     quiet = quiet or as_json
-    _require_device(device, engine)
     if engine is EngineName.LOCAL and address != "local":
         raise BadRequest("--address is of a Ray cluster: add --engine ray")
     if is_url(out) and verify_in is not None:
@@ -176,6 +175,7 @@ def quantize(
         true_inputs=true_inputs,
         independent=independent,
         memory=memory,
+        device="cpu" if engine is EngineName.RAY else device.value,  # its workers choose
         trust_remote_code=trust_remote_code,
     )
     if target_bits is not None or max_kl is not None:
@@ -256,13 +256,6 @@ def _widths(choices: str | None) -> list[int] | None:
         return None if choices is None else [int(word) for word in choices.split(",")]
     except ValueError:
         raise BadRequest(f"--choices {choices!r}: give bit widths such as 3,4,8") from None
-
-
-def _require_device(device: Device, engine: EngineName) -> None:
-    if device is Device.CUDA and engine is EngineName.LOCAL:
-        raise BadRequest(
-            "--device cuda: one process computes on the CPU only; use auto or cpu, or --engine ray"
-        )
 
 
 def _print_plan(prepared: Any) -> None:

@@ -78,8 +78,8 @@ def channel_scale(absmean_I: Tensor, alpha: float, shared_I: Tensor | None = Non
 
 def shared_mean(value_I: Tensor, shared_I: Tensor) -> Tensor:
     """Every value replaced by the mean over the columns that share its number."""
-    groups = int(shared_I.max()) + 1
-    total = torch.zeros(groups, dtype=value_I.dtype).index_add_(0, shared_I, value_I)
+    groups, shared_I = int(shared_I.max()) + 1, shared_I.to(value_I.device)
+    total = value_I.new_zeros(groups).index_add_(0, shared_I, value_I)
     return (total / torch.bincount(shared_I))[shared_I]
 
 

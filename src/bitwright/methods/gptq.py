@@ -35,12 +35,11 @@ from torch import Tensor
 
 from bitwright.errors import BadShape
 from bitwright.methods.rtn import choose_scales, without_global_scale
-from bitwright.numerics.compiled import solve_columns, solve_float_columns
-from bitwright.numerics.grids import IntGrid
+from bitwright.numerics.columns import solve_batch
 from bitwright.numerics.groups import expand, scale_shape, sides
 from bitwright.numerics.linalg import damped, inverse_cholesky_upper, without_dead
 from bitwright.numerics.rounding import encode
-from bitwright.numerics.scales import Search, float_parameters
+from bitwright.numerics.scales import Search
 from bitwright.schemes.quantized import QuantizedLinear, assemble
 from bitwright.schemes.scheme import Spec
 from bitwright.schemes.stats import InputStats
@@ -84,7 +83,7 @@ def gptq(
     if order == "activation":
         columns = torch.argsort(importance_I, descending=True, stable=True)
     else:
-        columns = torch.arange(shape[1])
+        columns = torch.arange(shape[1], device=weight_OI.device)
     zero_RG = None
     if scale_RG is None:
         scale_RG, zero_RG = choose_scales(weight_OI, spec, search=search, importance_I=importance_I)
@@ -97,12 +96,12 @@ def gptq(
         work_OI[:, batch] -= work_OI[:, :left] @ upper_II[:left, batch]
         if not fixed:
             _rescale(work_OI[:, batch], scale_RG, zero_RG, importance_I, spec, search, left // step)
-        codes_OB, work_OI[:, batch] = _solve_batch(
+        codes_OB, work_OI[:, batch] = solve_batch(
             work_OI[:, batch],
             upper_II[batch, batch],
             _at(scale_RG, shape, spec, columns[batch]),
             None if zero_RG is None else _at(zero_RG, shape, spec, columns[batch]),
-            spec,
+            spec.grid,
         )
         codes_OI[:, columns[batch]] = codes_OB
     if bool(dead_I.any()):
@@ -137,33 +136,8 @@ def _at(value_RG: Tensor, shape: tuple[int, int], spec: Spec, columns: Tensor) -
 def _zero_codes(
     scale_RG: Tensor, zero_RG: Tensor | None, shape: tuple[int, int], spec: Spec
 ) -> Tensor:
-    zeros = torch.zeros(shape, dtype=scale_RG.dtype)
+    zeros = scale_RG.new_zeros(shape)
     if zero_RG is not None:
         zeros = zeros + expand(zero_RG, shape, spec.group)
     assert scale_RG.shape == scale_shape(shape, spec.group)
     return encode(zeros, spec.grid)
-
-
-def _solve_batch(
-    work_OB: Tensor, upper_BB: Tensor, scale_OB: Tensor, zero_OB: Tensor | None, spec: Spec
-) -> tuple[Tensor, Tensor]:
-    """(codes, errors) of one batch of columns, later columns inside it updated in place."""
-    if not isinstance(spec.grid, IntGrid):
-        levels, errors = solve_float_columns(
-            work_OB.contiguous().numpy(),
-            upper_BB.contiguous().numpy(),
-            scale_OB.contiguous().numpy(),
-            *float_parameters(spec.grid),
-        )
-        return encode(torch.from_numpy(levels), spec.grid), torch.from_numpy(errors)
-    if zero_OB is None:
-        zero_OB = torch.zeros_like(work_OB)
-    codes, errors = solve_columns(
-        work_OB.contiguous().numpy(),
-        upper_BB.contiguous().numpy(),
-        scale_OB.contiguous().numpy(),
-        zero_OB.contiguous().numpy(),
-        float(spec.grid.lowest),
-        float(spec.grid.highest),
-    )
-    return torch.from_numpy(codes), torch.from_numpy(errors)

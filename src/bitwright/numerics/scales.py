@@ -20,6 +20,7 @@ CANDIDATES = 64
 SMALLEST_RATIO = 0.45
 GROUPS_AT_ONCE = 1 << 14  # their candidates stay in the cache
 VALUES_AT_ONCE = 1 << 21
+MORE_ELSEWHERE = 1 << 5  # a GPU wants few large steps
 
 
 Storage = torch.dtype | Grid
@@ -94,6 +95,8 @@ def choose_scale(
         importance_RC = torch.ones_like(x_NC[:1])
     rows = len(importance_RC)
     at_once = min(GROUPS_AT_ONCE, VALUES_AT_ONCE // x_NC.shape[1])
+    if x_NC.device.type != "cpu":
+        at_once *= MORE_ELSEWHERE
     at_once = max(1, -(-at_once // rows)) * rows
     if len(x_NC) > at_once:  # groups are independent, and candidates take more than the values
         parts = [

@@ -31,9 +31,9 @@ def super_block_scales(
     ``weight_OI``: float, I a multiple of 256. ``factors``: the grid of the integers that multiply
     a unit. Scales are never 0 (and only negative where ``factors`` is signed).
     """
-    rows, cols = weight_OI.shape
-    x_SGC = weight_OI.detach().float().contiguous().view(-1, SUPER // group, group).numpy()
-    weight = torch.ones(cols) if importance_I is None else importance_I.float()
+    device, (rows, cols) = weight_OI.device, weight_OI.shape
+    x_SGC = weight_OI.detach().cpu().float().contiguous().view(-1, SUPER // group, group).numpy()
+    weight = torch.ones(cols) if importance_I is None else importance_I.cpu().float()
     weight = weight / weight.mean().clamp(min=1e-30) + 1e-6  # no column is worth nothing
     weight_RGC = weight.contiguous().view(-1, SUPER // group, group).numpy()
     low, high = float(grid.lowest), float(grid.highest)
@@ -57,8 +57,8 @@ def super_block_scales(
         refit_S2 = torch.from_numpy(units_S2).float()
         unit_SK = torch.cat([unit_SK, _half(refit_S2[:, :1].abs())], 1)
         below_SK = torch.cat([below_SK, _half(refit_S2[:, 1:].clamp(min=0)) * asymmetric], 1)
-    scale_OG = torch.from_numpy(found).view(rows, -1)
-    return scale_OG, torch.from_numpy(offset).view(rows, -1) if asymmetric else None
+    scale_OG = torch.from_numpy(found).view(rows, -1).to(device)
+    return scale_OG, torch.from_numpy(offset).view(rows, -1).to(device) if asymmetric else None
 
 
 def _half(unit: Tensor) -> Tensor:

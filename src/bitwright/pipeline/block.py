@@ -91,7 +91,7 @@ class ChosenFold:
 
 
 def load_block(work: Work, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The block with its stored ``tensors`` in place."""
+    """The block with its stored ``tensors``, on the topology's device, in place."""
     names = work.topology.block_tensors(index)
     materialize(work.topology.model, {p: tensors[t] for p, t in names.items()}, work.dtype)
     return work.topology.block(index)

@@ -77,7 +77,7 @@ class HiddenStates:
                 _require_same(known, calls)
                 if not self._shape:
                     self._shape = (samples, length, hidden.shape[-1])
-                    self._dtype = hidden.dtype
+                    self._dtype, self._device = hidden.dtype, hidden.device
                     self._open_files(keep=done > 0)
                 if not done:
                     self._write(self._turns, start, hidden)
@@ -113,7 +113,7 @@ class HiddenStates:
             with disk(self._file.parent), _named(self._file, self._turns % 2).open("rb") as handle:
                 handle.seek(start * self._sample_bytes)
                 handle.readinto(memory_of(batch))
-            yield where, batch, self._calls[where.stop - start][index]
+            yield where, batch.to(self._device), self._calls[where.stop - start][index]
 
     def calls(self, index: int) -> dict[int, BlockCall]:
         """The call of block ``index`` by the number of samples in a batch."""
@@ -145,7 +145,7 @@ class HiddenStates:
     def _write(self, turn: int, start: int, hidden_BTD: Tensor) -> None:
         with disk(self._file.parent), _named(self._file, turn % 2).open("r+b") as handle:
             handle.seek(start * self._sample_bytes)
-            handle.write(memory_of(hidden_BTD.contiguous()))
+            handle.write(memory_of(hidden_BTD.cpu().contiguous()))
 
     def _open_files(self, *, keep: bool) -> None:
         """Reserve both files; with ``keep`` they exist already."""

@@ -76,7 +76,7 @@ def apply_fold(
     fold is exact.
     """
     channels = int(fold.channel_I.max()) + 1
-    scale_C = torch.ones(channels)
+    scale_C = torch.ones(channels, device=scale_I.device)
     scale_C[fold.channel_I] = scale_I
     if fold.rule != "rows":
         gain = tensors[names[fold.producer[0]]]
@@ -188,7 +188,8 @@ def _applied(
 ) -> Iterator[None]:
     """The block with a random scale folded in, restored afterwards."""
     channels = int(fold.channel_I.max()) + 1
-    scale_C = torch.rand(channels, generator=generator) * 1.5 + 0.5
+    scale_C = torch.rand(channels, generator=generator) * 1.5 + 0.5  # the same on every device
+    scale_C = scale_C.to(linears[fold.shared.names[0]].weight.device)
     parameters = dict(block.named_parameters()) | {
         f"{name}.{part}": value
         for name, linear in linears.items()

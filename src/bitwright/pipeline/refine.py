@@ -21,6 +21,7 @@ from bitwright.pipeline.topology import (
     layer_name,
     load_outside,
     materialize,
+    placed,
     release,
 )
 from bitwright.schemes.quantized import QuantizedLinear
@@ -64,7 +65,7 @@ def original_outputs(
     hidden = HiddenStates(topology, tokens_NT, folder / "original-states.bin")
     for index in range(len(topology.block_names)):
         names = topology.block_tensors(index)
-        tensors = source.read(names.values())
+        tensors = placed(source.read(names.values()), topology)
         materialize(
             topology.model, {p: tensors[t] for p, t in names.items()}, compute_dtype(source)
         )
@@ -74,7 +75,7 @@ def original_outputs(
     for where, batch, _ in hidden.batches(0):
         with blocks_return(topology, batch):
             last = topology.model.base_model(  # type: ignore[operator]
-                input_ids=tokens_NT[where], use_cache=False
+                input_ids=tokens_NT[where].to(topology.device), use_cache=False
             ).last_hidden_state
         if out is None:
             size = tokens_NT.numel() * last.shape[-1]
@@ -95,10 +96,10 @@ def output_factor(topology: Topology, source: Checkpoint) -> float:
     computes them a few rows at a time from W alone.
     """
     outside = topology.outside()
-    tensors = source.view(outside.values())
+    tensors = placed(source.view(outside.values()), topology)
     materialize(topology.model, {p: tensors[t] for p, t in outside.items()}, compute_dtype(source))
     topology.model.tie_weights()  # type: ignore[operator]
-    tokens_BT = torch.arange(16)[None]
+    tokens_BT = torch.arange(16, device=topology.device)[None]
     embedded = topology.model.get_input_embeddings()(tokens_BT)  # type: ignore[operator]
     with blocks_return(topology, embedded):
         logits = topology.model(input_ids=tokens_BT, use_cache=False).logits[0].float()
@@ -145,7 +146,8 @@ def refine(
     judges, pupils = shuffled[:kept], shuffled[kept:] or shuffled
 
     def divergence(sample: int, *, learn: float | None) -> float:
-        tokens, target = tokens_NT[sample : sample + 1], targets_NTD[sample]
+        tokens = tokens_NT[sample : sample + 1].to(topology.device)
+        target = targets_NTD[sample].to(topology.device)
         with torch.set_grad_enabled(learn is not None):
             out = topology.model.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
         hidden = out.last_hidden_state[0]
@@ -186,7 +188,7 @@ def refine(
     with torch.no_grad():
         for parameter, value in zip(parameters, snapshot, strict=True):
             parameter.copy_(value)
-    result = {name: layer.result() for name, layer in layers.items()}
+    result = {name: layer.result().to(torch.device("cpu")) for name, layer in layers.items()}
     release(topology.model)
     return result, Refinement(before, best, step + 1 if effort.steps else 0, best_step)
 
@@ -202,14 +204,14 @@ def _assemble(
     names = {p: t for p, t in topology.source.items() if t.removesuffix(".weight") not in solved}
     for parameter, tensor in names.items():
         value = changed[tensor] if tensor in changed else source.read([tensor])[tensor]
-        materialize(topology.model, {parameter: value}, dtype)
+        materialize(topology.model, placed({parameter: value}, topology), dtype)
     topology.model.tie_weights()  # type: ignore[operator]
     layers: dict[str, TunedLinear] = {}
     for block in topology.linears:
         for module_name, module in block.items():
             name = layer_name(topology, module_name)
             if name in solved:
-                layers[name] = TunedLinear(solved[name], module.bias, dtype)
+                layers[name] = TunedLinear(solved[name].to(topology.device), module.bias, dtype)
                 owner, _, leaf = module_name.rpartition(".")
                 setattr(topology.model.get_submodule(owner), leaf, layers[name])
     output = topology.model.get_output_embeddings()  # type: ignore[operator]

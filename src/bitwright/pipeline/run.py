@@ -34,6 +34,7 @@ from bitwright.pipeline.topology import (
     Topology,
     compute_dtype,
     load_outside,
+    placed,
     release,
     run_until_blocks,
 )
@@ -220,8 +221,10 @@ def quantize_block(
     independent, after (so that later blocks are calibrated on what this one, quantized, really
     puts out). With ``true``, the original model's states, Linears aim at what they put out there.
     """
+    tensors = placed(tensors, work.topology)
     if hidden is None:
-        return Finished(*solve(work, index, tensors, None, None, frugal=True), peak_rss_bytes())
+        solved, layers = solve(work, index, tensors, None, None, frugal=True)
+        return Finished(solved.on_cpu(), layers, peak_rss_bytes())
     block = load_block(work, index, tensors)
     first = next(hidden.batches(index))
     observed = observe(work, index, hidden, true, first)
@@ -231,7 +234,8 @@ def quantize_block(
     if not work.independent:
         seen = advance_quantized(work, index, hidden, solved)
     release(block)
-    return Finished(with_cache_scales(work, index, solved, seen), layers, peak_rss_bytes())
+    solved = with_cache_scales(work, index, solved, seen).on_cpu()
+    return Finished(solved, layers, peak_rss_bytes())
 
 
 def _tuned(

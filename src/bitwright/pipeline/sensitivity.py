@@ -22,6 +22,7 @@ from bitwright.pipeline.topology import (
     layer_name,
     load_outside,
     materialize,
+    placed,
     release,
     run_until_blocks,
 )
@@ -86,7 +87,7 @@ def sensitivities(
 def _loaded(topology: Topology, source: Checkpoint, index: int) -> Iterator[nn.Module]:
     """One block with its weights."""
     names, block = topology.block_tensors(index), topology.block(index)
-    tensors = source.read(names.values())
+    tensors = placed(source.read(names.values()), topology)
     materialize(topology.model, {p: tensors[t] for p, t in names.items()}, compute_dtype(source))
     try:
         yield block
@@ -104,7 +105,7 @@ def _last_gradient(
     output_VD = topology.model.get_output_embeddings().weight.detach() * factor  # type: ignore[operator]
     with blocks_return(topology, hidden_BTD), torch.enable_grad():
         last = topology.model.base_model(  # type: ignore[operator]
-            input_ids=tokens_NT, use_cache=False
+            input_ids=tokens_NT.to(topology.device), use_cache=False
         ).last_hidden_state
         flat_TD = last.detach().flatten(0, -2)
         last.backward(sampled_gradient(flat_TD, output_VD, generator).view_as(last))

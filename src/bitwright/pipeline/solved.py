@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,6 +24,15 @@ class SolvedBlock:
     codes: dict[str, QuantizedLinear]
     changed: dict[str, Tensor]
     cache: dict[str, CacheScales] = field(default_factory=dict)
+
+    def on_cpu(self) -> "SolvedBlock":
+        """The same, its tensors in main memory."""
+        cpu = torch.device("cpu")
+        return SolvedBlock(
+            {name: q.to(cpu) for name, q in self.codes.items()},
+            {name: value.to(cpu) for name, value in self.changed.items()},
+            {n: CacheScales(s.key.to(cpu), s.value.to(cpu)) for n, s in self.cache.items()},
+        )
 
 
 def encoded(

@@ -8,7 +8,7 @@ else is refused by name.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,19 +25,22 @@ from bitwright.pipeline.online import install_online
 from bitwright.pipeline.sizes import require_plausible
 from bitwright.pipeline.stored_names import stored_as
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, eq=False)
 class Topology:
     """A weightless model, its blocks, and where each parameter is stored.
 
     ``source``: parameter name -> tensor name in the checkpoint. ``linears``: for each block,
-    the Linears inside it, by full module name.
+    the Linears inside it, by full module name. ``device``: where it computes, see `on_device`.
     """
 
     model: nn.Module
     block_names: tuple[str, ...]
     source: Mapping[str, str]
     linears: tuple[Mapping[str, nn.Linear], ...]
+    device: torch.device = CPU
 
     def block(self, index: int) -> nn.Module:
         """The block module itself."""
@@ -67,6 +70,20 @@ UNBUILDABLE = (
     ValueError, LookupError, TypeError, OSError, AttributeError, RuntimeError, ArithmeticError,
     AssertionError, StrictDataclassError,
 )  # fmt: skip
+
+
+def on_device(topology: Topology, device: torch.device) -> Topology:
+    """The same model, computing on ``device``: buffers are moved, weights are when loaded."""
+    for module in topology.model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+    return replace(topology, device=device)
+
+
+def placed(tensors: Mapping[str, Tensor], topology: Topology) -> dict[str, Tensor]:
+    """``tensors`` on the topology's device."""
+    return {name: tensor.to(topology.device) for name, tensor in tensors.items()}
 
 
 class _Stop(Exception):
@@ -240,7 +257,7 @@ def load_outside(topology: Topology, checkpoint: Checkpoint) -> None:
     wanted = {p: t for p, t in names.items() if p not in skip}
     if topology.model.get_input_embeddings().weight is (output and output.weight):  # type: ignore[operator]
         wanted = names
-    loaded = checkpoint.view(wanted.values())
+    loaded = placed(checkpoint.view(wanted.values()), topology)
     materialize(
         topology.model, {p: loaded[t] for p, t in wanted.items()}, compute_dtype(checkpoint)
     )
@@ -256,7 +273,7 @@ def run_until_blocks(topology: Topology, tokens_BT: Tensor) -> tuple[Tensor, lis
         hidden: list[Tensor] = []
         with _identity_blocks(topology, calls, hidden, wrapped) as chained:
             try:
-                topology.model(input_ids=tokens_BT, use_cache=False)
+                topology.model(input_ids=tokens_BT.to(topology.device), use_cache=False)
             except _Stop:
                 if all(chained):
                     return hidden[0], calls

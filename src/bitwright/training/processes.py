@@ -20,11 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from bitwright.errors import BadRequest
+from bitwright.pipeline.device import pick_device
 from bitwright.schemes.quantized import QuantizedLinear
 
 CPU = torch.device("cpu")
-DEVICES = ("auto", "cpu", "cuda")
 PATIENCE = timedelta(days=1)  # others wait while the first process quantizes
 
 
@@ -105,16 +104,13 @@ def start_processes(device: str) -> Processes:
 
     ``device``: "cpu", "cuda", or "auto": CUDA where there is some.
     """
-    if device not in DEVICES:
-        raise BadRequest(f"unknown device {device!r}; known: {', '.join(DEVICES)}")
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    if device == "cuda" and not on_gpu:
-        raise BadRequest("--device cuda: torch finds no CUDA device here; use auto or cpu")
+    chosen = pick_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes(torch.device("cuda" if on_gpu else "cpu"))
+        return Processes(chosen)
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    engine = Accelerator(cpu=not on_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    on_cpu, wait = chosen.type == "cpu", InitProcessGroupKwargs(timeout=PATIENCE)
+    engine = Accelerator(cpu=on_cpu, kwargs_handlers=[wait])
     count = engine.num_processes
     mesh = init_device_mesh(engine.device.type, (count,))
     return Processes(engine.device, engine.process_index, count, engine, mesh)
