@@ -24,6 +24,7 @@ def solve_batch(
         return solve_batch_by_tensors(work_OB, upper_BB, scale_OB, zero_OB, grid)
     arrays = [tensor.contiguous().numpy() for tensor in (work_OB, upper_BB, scale_OB)]
     if not isinstance(grid, IntGrid):
+        arrays[0] = arrays[0].copy()  # the loop works in it
         levels, errors = solve_float_columns(*arrays, *float_parameters(grid))
         return encode(torch.from_numpy(levels), grid), torch.from_numpy(errors)
     zeros = torch.zeros_like(work_OB) if zero_OB is None else zero_OB.contiguous()

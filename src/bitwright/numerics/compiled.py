@@ -145,7 +145,7 @@ def best_float_candidate(
 def solve_float_columns(
     w_OB: Float, u_BB: Float, scale_OB: Float, mantissa: int, smallest: int, largest: float
 ) -> tuple[Float, Float]:
-    """`solve_columns` for a FloatGrid: (grid values, errors), both (O, B)."""
+    """`solve_columns` for a FloatGrid: (grid values, errors), (O, B); ``w`` is overwritten."""
     rows, width = w_OB.shape
     level_OB = np.empty_like(w_OB)
     error_OB = np.empty_like(w_OB)
