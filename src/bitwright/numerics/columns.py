@@ -22,14 +22,14 @@ def solve_batch(
     """
     if work_OB.device.type != "cpu":
         return solve_batch_by_tensors(work_OB, upper_BB, scale_OB, zero_OB, grid)
-    arrays = [tensor.contiguous().numpy() for tensor in (work_OB, upper_BB, scale_OB)]
+    work, upper, scale = (t.contiguous().numpy() for t in (work_OB, upper_BB, scale_OB))
     if not isinstance(grid, IntGrid):
-        arrays[0] = arrays[0].copy()  # the loop works in it
-        levels, errors = solve_float_columns(*arrays, *float_parameters(grid))
+        parameters = float_parameters(grid)
+        levels, errors = solve_float_columns(work.copy(), upper, scale, *parameters)
         return encode(torch.from_numpy(levels), grid), torch.from_numpy(errors)
-    zeros = torch.zeros_like(work_OB) if zero_OB is None else zero_OB.contiguous()
+    zero = (torch.zeros_like(work_OB) if zero_OB is None else zero_OB).contiguous().numpy()
     bounds = float(grid.lowest), float(grid.highest)
-    codes, errors = solve_columns(*arrays, zeros.numpy(), *bounds)
+    codes, errors = solve_columns(work, upper, scale, zero, *bounds)
     return torch.from_numpy(codes), torch.from_numpy(errors)
 
 
