@@ -1,24 +1,29 @@
 """Mixtures of experts: the same function taken apart, every expert quantized, none in silence."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights
+from safetensors.torch import load_file, save_file
 from support.models import logits, make_model, reference_logits
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from bitwright.api import load, quantize
 from bitwright.errors import BadRequest, UnsupportedModel
 from bitwright.pipeline.checkpoint import open_checkpoint
-from bitwright.pipeline.experts import Experts
+from bitwright.pipeline.experts import Experts, take_apart
 from bitwright.pipeline.topology import discover
 from bitwright.runtime.load import format_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KINDS = ("mixtral", "qwen3-moe", "deepseek-v3")
+KINDS = ("mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss")
 TOKENS = torch.arange(20, 84).view(2, 32)
 Factory = Callable[..., Path]
 
@@ -117,11 +122,60 @@ def test_experts_get_statistics_of_their_own_tokens(model_of: Factory) -> None:
         hidden.close()
 
 
-def test_layouts_that_are_not_understood_are_refused(model_of: Factory, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match=r"experts of .* cannot be taken apart yet"):
-        quantize(model_of("gpt-oss"), tmp_path / "out")
+def test_true_inputs_and_experts_exclude_each_other(model_of: Factory, tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="unlike tokens"):
         quantize(model_of("mixtral"), tmp_path / "out", method="gptq", true_inputs=0.5)
+
+
+def test_layouts_that_are_not_understood_are_refused(model_of: Factory) -> None:
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_of("gpt-oss")))
+    model.model.layers[1].mlp.experts.has_gate = False
+    with pytest.raises(UnsupportedModel, match=r"layers.1.mlp.experts .* taken apart yet"):
+        take_apart(model)
+
+
+def test_stacked_experts_are_named_as_vllm_reads_them(model_of: Factory, tmp_path: Path) -> None:
+    """vLLM's gpt-oss takes experts.N.w13_weight_packed, and would pass over other names."""
+    quantize(model_of("gpt-oss"), tmp_path / "out", group_size=32)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    names = {name for name in index["weight_map"] if ".0.mlp.experts.3." in name}
+    stem = "model.layers.0.mlp.experts.3"
+    assert names == {
+        f"{stem}.{matrix}{part}"
+        for matrix in ("w13", "w2")
+        for part in ("_weight_packed", "_weight_scale", "_bias", ".weight_shape")
+    }
+
+
+def test_stacks_in_mxfp4_are_read(model_of: Factory, tmp_path: Path) -> None:
+    """The layout of the published gpt-oss, against transformers' own reading of it."""
+    source, folder = model_of("gpt-oss"), tmp_path / "mxfp4"
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    random = torch.Generator().manual_seed(0)
+    wanted = {}
+    for name in [name for name in tensors if name.endswith("_proj") and ".experts." in name]:
+        count, cols, rows = tensors.pop(name).shape
+        codes = torch.randint(0, 256, (count, rows, cols // 32, 16), generator=random)
+        scales = torch.randint(118, 126, (count, rows, cols // 32), generator=random)
+        tensors[f"{name}_blocks"] = codes.to(torch.uint8)
+        tensors[f"{name}_scales"] = scales.to(torch.uint8)
+        wanted[name] = convert_moe_packed_tensors(codes.to(torch.uint8), scales.to(torch.uint8))
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(folder)
+    stem = "model.layers.1.mlp.experts"
+    for old, new in (("gate_up_proj", "w13"), ("down_proj", "w2")):
+        for expert in range(4):
+            name = f"{stem}.{expert}.{new}.weight"
+            assert torch.equal(checkpoint.read([name])[name], wanted[f"{stem}.{old}"][expert].T)
+    quantize(folder, tmp_path / "out", scheme="W8A16", group_size=32)
+    wanted_logits = logits(load(folder)[0], TOKENS)
+    off = (logits(load(tmp_path / "out")[0], TOKENS) - wanted_logits).norm(dim=-1)
+    assert float((off / wanted_logits.norm(dim=-1)).median()) < 0.05
 
 
 def test_experts_train(model_of: Factory, text: Path, tmp_path: Path) -> None:

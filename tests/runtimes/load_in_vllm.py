@@ -1,8 +1,8 @@
 """Run by an interpreter with vLLM: FOLDER ... ; its own model classes load each checkpoint.
 
 Only the choice of a kernel, of which a CPU has none for these formats, is left out. Prints one JSON
-object per folder: parameters that stayed unloaded, and of the first block's down_proj and
-qkv_proj every parameter's shape, dtype and sum of bytes.
+object per folder: parameters that stayed unloaded, and of the first block's down_proj, attention
+and experts every parameter's shape, dtype and sum of bytes.
 """
 
 import json
@@ -17,6 +17,9 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization import fp8, modelopt
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+    compressed_tensors_moe_wna16,
+)
 from vllm.model_executor.model_loader.utils import initialize_model
 
 
@@ -31,6 +34,8 @@ for module in (fp8, modelopt):
     for name in ("init_fp8_linear_kernel", "init_nvfp4_linear_kernel"):
         if name in vars(module):
             setattr(module, name, lambda *args, **kwargs: NoKernel())
+
+compressed_tensors_moe_wna16.select_wna16_moe_backend = lambda **kwargs: (None, NoKernel())
 
 
 def load(folder: str) -> dict[str, Any]:
@@ -51,7 +56,7 @@ def load(folder: str) -> dict[str, Any]:
     facts = {
         name: [list(p.shape), str(p.dtype), int(p.contiguous().flatten().view(torch.uint8).sum())]
         for name, p in parameters.items()
-        if ".0.mlp.down_proj." in name or ".0.self_attn." in name
+        if any(part in name for part in (".0.mlp.down_proj.", ".0.self_attn.", ".0.mlp.experts."))
     }
     return {"unloaded": sorted(set(parameters) - set(loaded or parameters)), "facts": facts}
 

@@ -1,4 +1,4 @@
-"""fp8 and modelopt checkpoints in vLLM's own loader, where its CPU build has no kernel for them."""
+"""fp8, modelopt and gpt-oss checkpoints in vLLM's own loader; a CPU has no kernels for them."""
 
 import json
 import os
@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "W4A16_NVFP4": {"format": "modelopt", "scheme": "NVFP4A16"},
 }
 SECONDS = 900
+STACKED = "gpt-oss"
 PARTS = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attn.o_proj": ("self_attn.o_proj",),
@@ -42,6 +43,22 @@ def stored_bytes(folder: Path, tensors: list[str]) -> int:
     return sum(int(v.contiguous().flatten().view(torch.uint8).sum()) for v in values)
 
 
+def check_experts(folder: Path, answer: dict[str, Any]) -> None:
+    """Every parameter of the stacks is loaded, and holds what all experts store."""
+    owner = "model.layers.0.mlp.experts"
+    experts = [name for name in answer["facts"] if name.startswith(f"{owner}.routed_experts.")]
+    leaves = {name.rpartition(".")[2] for name in experts}
+    wanted = {
+        f"{m}_{part}" for m in ("w13", "w2") for part in ("weight_packed", "weight_scale", "bias")
+    }
+    assert wanted <= leaves
+    assert not {f"{owner}.routed_experts.{leaf}" for leaf in wanted} & set(answer["unloaded"])
+    for leaf in wanted:
+        matrix, _, part = leaf.partition("_")
+        stored = stored_bytes(folder, [f"{owner}.{e}.{matrix}.{part}" for e in range(4)])
+        assert stored == answer["facts"][f"{owner}.routed_experts.{leaf}"][2], leaf
+
+
 def test_every_tensor_finds_its_parameter(
     vllm_interpreter: Path, tmp_path: Path, note: Callable[[str], None]
 ) -> None:
@@ -51,14 +68,23 @@ def test_every_tensor_finds_its_parameter(
     )  # fmt: skip
     for name, request in CASES.items():
         bitwright.quantize(model, tmp_path / name, **request)
+    stacked = make_model(
+        tmp_path / "stacked",
+        "gpt-oss",
+        dtype=torch.bfloat16,
+        hidden_size=256,
+        intermediate_size=128,
+    )
+    bitwright.quantize(stacked, tmp_path / STACKED, scheme="W4A16", group_size=32)
     outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(
         [vllm_interpreter, Path(__file__).with_name("load_in_vllm.py"),
-         *(tmp_path / name for name in CASES)],
+         *(tmp_path / name for name in (STACKED, *CASES))],
         env=outside | SETTINGS, text=True, capture_output=True, timeout=SECONDS, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    check_experts(tmp_path / STACKED, answers.pop(0))
     compared = 0
     for name, answer in zip(CASES, answers, strict=True):
         folder, cached = tmp_path / name, name == "FP8"

@@ -7,7 +7,8 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitwright.errors import BadCheckpoint, BadRequest, BadTensor, NoSpace
+from bitwright.pipeline.stacks import from_mxfp4, name_in_file, name_inside, split_stacks
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -42,6 +44,8 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int = 0  # of the data, from the start of the file
+    stacked: bool = False  # a piece of a larger tensor
+    transposed: bool = False  # stored column by column
 
     @property
     def nbytes(self) -> int:
@@ -97,17 +101,17 @@ class Checkpoint:
         """
         out: dict[str, Tensor] = {}
         for name in names:
-            if name in self.computed:
-                out[name] = self.computed[name]()
+            if name in self.computed or self.tensors[name].stacked:
+                out |= self.read([name])
                 continue
             with _open(self.folder / self.tensors[name].file) as handle:
-                out[name] = handle.get_tensor(name)
+                out[name] = handle.get_tensor(name_in_file(name))
             check_finite(out[name], name)
         return out
 
 
 def _read_tensor(handle: IO[bytes], info: TensorInfo, path: Path) -> Tensor:
-    tensor = torch.empty(info.shape, dtype=info.dtype)
+    tensor = torch.empty(info.shape[::-1] if info.transposed else info.shape, dtype=info.dtype)
     rest = memory_of(tensor)
     handle.seek(info.offset)
     while len(rest):  # one call reads 2 GiB at most
@@ -115,7 +119,7 @@ def _read_tensor(handle: IO[bytes], info: TensorInfo, path: Path) -> Tensor:
         if not done:
             raise BadCheckpoint(f"{path} is not a complete safetensors file: download it again")
         rest = rest[done:]
-    return tensor
+    return tensor.T.contiguous() if info.transposed else tensor
 
 
 def memory_of(tensor: Tensor) -> memoryview:
@@ -162,8 +166,35 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 if kind not in _DTYPES:
                     raise BadTensor(f"tensor {name} has dtype {kind}, which bitwright cannot read")
                 start = offsets[name]
-                tensors[name] = TensorInfo(shard, tuple(part.get_shape()), _DTYPES[kind], start)
-    return Checkpoint(folder, config, tensors)
+                info = TensorInfo(shard, tuple(part.get_shape()), _DTYPES[kind], start)
+                tensors[name_inside(name)] = info
+    return _with_experts(Checkpoint(folder, config, tensors))
+
+
+def _with_experts(checkpoint: Checkpoint) -> Checkpoint:
+    """Stacks of experts as a matrix each, those in MXFP4 dequantized when they are read."""
+    config = checkpoint.config
+    how = config.get("quantization_config")
+    method = how.get("quant_method") if isinstance(how, dict) else None
+    pieces = split_stacks(checkpoint.tensors) if method in (None, "mxfp4") else {}
+    if len(pieces) <= len(checkpoint.tensors):
+        return checkpoint
+    stored = replace(checkpoint, tensors=pieces)
+    tensors, computed = dict(pieces), {}
+    for blocks in [name for name in pieces if name.endswith(".blocks") and pieces[name].stacked]:
+        stem = blocks.removesuffix(".blocks")
+        rows, groups, half = tensors.pop(blocks).shape
+        tensors.pop(f"{stem}.scales")
+        weight = f"{stem}.weight"
+        tensors[weight] = TensorInfo("", (rows, groups * half * 2), torch.bfloat16)
+        computed[weight] = partial(_mxfp4_weight, stored, stem)
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    return Checkpoint(checkpoint.folder, config, tensors, computed)
+
+
+def _mxfp4_weight(stored: Checkpoint, stem: str) -> Tensor:
+    parts = stored.read([f"{stem}.blocks", f"{stem}.scales"])
+    return from_mxfp4(parts[f"{stem}.blocks"], parts[f"{stem}.scales"])
 
 
 def _shards(folder: Path) -> dict[str, set[str]]:
@@ -294,12 +325,12 @@ class CheckpointWriter:
             return
         file = _part(len(self._shards))
         with disk(self.folder):
-            data = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            data = {name_in_file(name): tensor.contiguous() for name, tensor in tensors.items()}
             save_file(data, self.folder / file, metadata={"format": "pt"})
             _sync(self.folder / file)
         self._shards.append(file)
         for name, tensor in tensors.items():
-            self._index[name] = file
+            self._index[name_in_file(name)] = file
             self._bytes += tensor.nbytes
 
     def write_json(self, name: str, value: object) -> None:

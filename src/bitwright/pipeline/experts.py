@@ -5,7 +5,8 @@ on the module how they lie (`has_gate`, `has_bias`, `is_transposed`, `is_concate
 store one matrix per expert and projection, which is also what runtimes load in quantized form
 (`stored_names` has their names). So the fused module is replaced by one with Linears, before
 anything else looks at the model: every expert then gets statistics from the tokens that are routed
-to it, codes of its own, and its name.
+to it, codes of its own, and its name. Where files hold stacks too (gpt-oss, see `stacks`), gate and
+up stay one matrix, with their rows in the order they have.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ _PLAIN = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_conca
 class Expert(nn.Module):
     """act(gate(x)) * up(x), then down."""
 
+    projections = (("gate_proj", "up_proj"), ("down_proj",))  # by input
+
     def __init__(self, fused: nn.Module, hidden: int, inner: int) -> None:
         super().__init__()
         dtype = fused.down_proj.dtype
@@ -44,12 +47,34 @@ class Expert(nn.Module):
         return out
 
 
+class StackedExpert(nn.Module):
+    """act of one product with gate and up, then down; with biases where the stack has some."""
+
+    projections = (("w13",), ("w2",))
+
+    def __init__(self, fused: nn.Module, hidden: int, inner: int) -> None:
+        super().__init__()
+        options = {"bias": fused.has_bias, "device": "meta", "dtype": fused.down_proj.dtype}
+        self.w13 = nn.Linear(hidden, 2 * inner, **options)  # type: ignore[arg-type]
+        self.w2 = nn.Linear(inner, hidden, **options)  # type: ignore[arg-type]
+        self._fused = [fused]
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        """(T, H) -> (T, H)."""
+        out: Tensor = self.w2(self._fused[0]._apply_gate(self.w13(x_TH)))  # type: ignore[operator]
+        return out
+
+
 class Experts(nn.ModuleList):
-    """In place of the fused module, with its call: one `Expert` after the other."""
+    """In place of the fused module, with its call: one expert after the other."""
 
     def __init__(self, fused: nn.Module) -> None:
+        kind: type[Expert] | type[StackedExpert] = Expert
         count, hidden, inner = fused.down_proj.shape  # type: ignore[misc]
-        super().__init__(Expert(fused, hidden, inner) for _ in range(count))
+        if fused.is_transposed:
+            kind, hidden, inner = StackedExpert, inner, hidden
+        super().__init__(kind(fused, hidden, inner) for _ in range(count))
+        self.projections = kind.projections
         self.visit_all = False
         fused._parameters.clear()
 
@@ -75,12 +100,15 @@ def take_apart(model: nn.Module) -> None:
         if not {"gate_up_proj", "down_proj"} <= set(stacks):
             continue
         found = {key: getattr(module, key, None) for key in _PLAIN}
-        if found != _PLAIN or module._parameters.keys() != {"gate_up_proj", "down_proj"}:
+        expected = {"gate_up_proj", "down_proj"}
+        stacked = found["has_gate"] and found["is_transposed"]
+        if stacked and found["has_bias"]:
+            expected |= {"gate_up_proj_bias", "down_proj_bias"}
+        if not (stacked or found == _PLAIN) or module._parameters.keys() != expected:
             odd = [key for key, value in found.items() if value != _PLAIN[key]] or ["parameters"]
             raise UnsupportedModel(
                 f"the experts of {name} are stored in a way that cannot be taken apart yet "
-                f"({', '.join(odd)}): bitwright quantizes experts of gate, up and down matrices "
-                "without biases"
+                f"({', '.join(odd)}): bitwright quantizes experts of gate, up and down matrices"
             )
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, Experts(module))
@@ -122,7 +150,7 @@ def lend_statistics(
     for owner, experts in model.named_modules():
         if not isinstance(experts, Experts):
             continue
-        for projections in (("gate_proj", "up_proj"), ("down_proj",)):
+        for projections in experts.projections:
             names = [f"{owner}.{e}.{projections[0]}" for e in range(len(experts))]
             if not any(name in linears for name in names):
                 continue
