@@ -14,7 +14,7 @@ from typing import Any
 # Time is counted for the innermost part only.
 PROBES = (
     ("bitwright.pipeline.checkpoint", "Checkpoint.read", "read"),
-    ("bitwright.pipeline.checkpoint", "CheckpointWriter.write_shard", "write"),
+    ("bitwright.pipeline.writer", "CheckpointWriter.write_shard", "write"),
     ("bitwright.formats.compressed_tensors", "CompressedTensors.encode", "pack"),
     ("bitwright.pipeline.topology", "call_block", "forward"),
     ("torch.nn.functional", "scaled_dot_product_attention", "attention"),

@@ -14,9 +14,10 @@ from bitwright.formats import get_format
 from bitwright.formats.gguf import blocks, type_of
 from bitwright.methods.rtn import rtn
 from bitwright.numerics.grids import IntGrid
-from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, folder_bytes, require_space
+from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.memory import return_freed_memory
 from bitwright.pipeline.topology import build_empty, match_names
+from bitwright.pipeline.writer import CheckpointWriter, folder_bytes, require_space
 from bitwright.runtime.gguf_export import Blocks, check_exportable, export_gguf
 from bitwright.runtime.load import (
     CACHE_SCALES,

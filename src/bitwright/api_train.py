@@ -14,16 +14,12 @@ from torch import Tensor
 from bitwright.api import calibration_tokens, checked_target
 from bitwright.errors import BadRequest, UnknownName
 from bitwright.methods.compose import parse_method
-from bitwright.pipeline.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    folder_bytes,
-    open_checkpoint,
-)
+from bitwright.pipeline.checkpoint import Checkpoint, open_checkpoint
 from bitwright.pipeline.memory import peak_rss_bytes
 from bitwright.pipeline.report import LayerReport, Report
 from bitwright.pipeline.run import finish_checkpoint, quantize_checkpoint
 from bitwright.pipeline.topology import match_names
+from bitwright.pipeline.writer import CheckpointWriter, folder_bytes
 from bitwright.request import Prepared, prepare
 from bitwright.runtime.gguf_export import write_checkpoint
 from bitwright.runtime.load import dense_view

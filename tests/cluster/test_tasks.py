@@ -54,7 +54,7 @@ def test_a_worker_reads_the_shards_of_its_block_alone(
     monkeypatch.setenv("BITWRIGHT_CACHE", str(tmp_path / "cache"))
     sharded = tmp_path / "sharded"
     from bitwright.api import resolve
-    from bitwright.pipeline.checkpoint import CheckpointWriter
+    from bitwright.pipeline.writer import CheckpointWriter
 
     source = resolve(llama)
     writer = CheckpointWriter(sharded, overwrite=False)

@@ -332,10 +332,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_no_space_at_any_shard_can_be_resumed(
     after: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import bitwright.pipeline.checkpoint as checkpoint
+    import bitwright.pipeline.writer as writer
 
     written = []
-    real = checkpoint.save_file
+    real = writer.save_file
 
     def save(tensors: dict[str, torch.Tensor], path: Path, **rest: object) -> None:
         if len(written) == after:
@@ -343,13 +343,13 @@ def test_no_space_at_any_shard_can_be_resumed(
         written.append(path)
         real(tensors, path, **rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(checkpoint, "save_file", save)
+    monkeypatch.setattr(writer, "save_file", save)
     with pytest.raises(NoSpace, match="full"):
         bitwright.quantize(llama, tmp_path / "out")
     assert len(written) == after
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ([".out.partial", ".out.work"] if after else [])
-    monkeypatch.setattr(checkpoint, "save_file", real)
+    monkeypatch.setattr(writer, "save_file", real)
     bitwright.quantize(llama, tmp_path / "out", resume=True)
     bitwright.quantize(llama, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -9,8 +9,8 @@ import pytest
 from bitwright.api import execute, prepare
 from bitwright.errors import NoSpace
 from bitwright.pipeline.calibrate import HiddenStates
-from bitwright.pipeline.checkpoint import CheckpointWriter
 from bitwright.pipeline.overlap import ReadAhead, WriteBehind
+from bitwright.pipeline.writer import CheckpointWriter
 
 
 @pytest.mark.parametrize("beside", [False, True])

@@ -130,7 +130,7 @@ def quantize(
     from bitwright.api_allocate import mixed_precision
     from bitwright.cluster import on_ray
     from bitwright.commands import record
-    from bitwright.pipeline.checkpoint import require_absent
+    from bitwright.pipeline.writer import require_absent
     from bitwright.runtime.store import is_url, require_nothing_at, write_text
 
     quiet = quiet or as_json

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bitwright.errors import BadRequest, NoSpace, UnsupportedModel
-from bitwright.pipeline.checkpoint import disk, memory_of
+from bitwright.pipeline.checkpoint import memory_of
 from bitwright.pipeline.inputs import SharedInput
 from bitwright.pipeline.topology import BlockCall, Topology, call_block, run_until_blocks
+from bitwright.pipeline.writer import disk
 from bitwright.schemes.stats import InputStats
 
 TOKENS_PER_BATCH = 2048

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from bitwright.errors import BadRequest
-from bitwright.pipeline.checkpoint import Checkpoint, disk
+from bitwright.pipeline.checkpoint import Checkpoint
+from bitwright.pipeline.writer import disk
 from bitwright.schemes.plan import Plan
 
 NAME = "journal.jsonl"

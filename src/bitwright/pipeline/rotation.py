@@ -16,12 +16,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import UnsupportedModel
 from bitwright.methods.rotate import Rotation, residual_rotation, rotate
-from bitwright.pipeline.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    open_checkpoint,
-    require_space,
-)
+from bitwright.pipeline.checkpoint import Checkpoint, open_checkpoint
 from bitwright.pipeline.memory import return_freed_memory
 from bitwright.pipeline.online import KEY, OnlineHadamard, record, rotating_hook
 from bitwright.pipeline.rotation_layout import (
@@ -44,6 +39,7 @@ from bitwright.pipeline.topology import (
     release,
     run_until_blocks,
 )
+from bitwright.pipeline.writer import CheckpointWriter, require_space
 
 ROWS = 8192
 

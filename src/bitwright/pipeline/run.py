@@ -22,7 +22,7 @@ from bitwright.pipeline.block import (
 )
 from bitwright.pipeline.budget import predicted_bytes
 from bitwright.pipeline.calibrate import HiddenStates
-from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, folder_bytes, require_space
+from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.journal import Journal, request_of
 from bitwright.pipeline.memory import peak_rss_bytes, return_freed_memory
 from bitwright.pipeline.online import transform_config
@@ -38,6 +38,7 @@ from bitwright.pipeline.topology import (
     release,
     run_until_blocks,
 )
+from bitwright.pipeline.writer import CheckpointWriter, folder_bytes, require_space
 from bitwright.schemes.plan import Plan
 from bitwright.schemes.protocols import Format
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitwright.pipeline.checkpoint import Checkpoint, disk
+from bitwright.pipeline.checkpoint import Checkpoint
+from bitwright.pipeline.writer import disk
 from bitwright.schemes.plan import Plan
 from bitwright.schemes.protocols import Format
 from bitwright.schemes.quantized import CacheScales, QuantizedLinear

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.pipeline.checkpoint import disk
+from bitwright.pipeline.writer import disk
 
 BATCH = 32  # rows written together; what row i says does not depend on how many are asked for
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from bitwright.errors import BadRequest
 from bitwright.formats.gguf import BLOCK_SHAPES, BLOCKS
-from bitwright.pipeline.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from bitwright.pipeline.checkpoint import Checkpoint, open_checkpoint
 from bitwright.pipeline.report import Report
+from bitwright.pipeline.writer import CheckpointWriter
 from bitwright.runtime.gguf_metadata import Architecture, add_metadata, architecture, vocabulary
 from bitwright.runtime.load import stored_config
 from bitwright.runtime.source import GGUF_FILE, load_tokenizer

@@ -16,8 +16,8 @@ from typing import Any
 import fsspec
 
 from bitwright.errors import BadCheckpoint, BadRequest, BitwrightError
-from bitwright.pipeline.checkpoint import disk
 from bitwright.pipeline.gguf_import import cache_folder
+from bitwright.pipeline.writer import disk
 
 LAST = "config.json"
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitwright.errors import BadCheckpoint, BadRequest
-from bitwright.pipeline.checkpoint import disk
+from bitwright.pipeline.writer import disk
 from bitwright.training.processes import Processes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
