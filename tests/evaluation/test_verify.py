@@ -14,7 +14,8 @@ from support.models import make_model
 
 import bitwright
 from bitwright.errors import BadRequest, UnknownName
-from bitwright.evaluation.verify import RUNTIMES, Verdict, _agreement, rescaled_error, verify
+from bitwright.evaluation.verify import RUNTIMES, Verdict, _agreement, verify
+from bitwright.evaluation.weights_check import rescaled_error, weights_check
 from bitwright.formats.packing import pack, unpack
 
 LAYER = "model.layers.1.mlp.down_proj"
@@ -204,6 +205,24 @@ def test_folded_scales_are_no_error() -> None:
     folded = weight * (torch.rand(16, 1) + 0.5) * (torch.rand(1, 24) + 0.5)
     assert rescaled_error(folded, weight) < 0.02
     assert rescaled_error(folded + 0.3 * torch.randn(16, 24), weight) > 0.15
+
+
+def test_weights_may_move_where_inputs_do_not_reach(model: Path) -> None:
+    other, own = (bitwright.load(model)[0].float() for _ in range(2))
+    block = own.model.layers[0]
+    layer = block.self_attn.q_proj
+    moved = 5 * layer.weight.std() * torch.randn(len(layer.weight))
+    with torch.no_grad():
+        block.input_layernorm.weight[0] = 0
+        layer.weight[:, 0] += moved
+    prompts = [[5, 9, 11, 200, 31, 7, 77, 102]]
+    assert rescaled_error(layer.weight, other.model.layers[0].self_attn.q_proj.weight) > 0.1
+    assert weights_check(own, other, prompts, None).passed
+    with torch.no_grad():
+        layer.weight[:, 1:9] += moved[:, None]
+    check = weights_check(own, other, prompts, None)
+    assert not check.passed
+    assert check.detail.startswith("suspect model.layers.0.self_attn.q_proj")
 
 
 def test_quantize_verifies_at_the_end(

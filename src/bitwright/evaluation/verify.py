@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bitwright.errors import BadRequest, BitwrightError, UnknownName
 from bitwright.evaluation import runners
 from bitwright.evaluation.truncation import truncating_cache
+from bitwright.evaluation.weights_check import Check, NewCache, forward, weights_check
 from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.texts import read_text, tokenize
 from bitwright.pipeline.topology import match_names
@@ -50,15 +51,11 @@ RUNTIMES = {
     "transformers": Runtime("run_transformers.py", "", 4, 64, 1, 0.03),
     "llama.cpp": Runtime("run_llamacpp.py", "", 1, 40, 16, 0.2),
 }
-NewCache = Callable[[], Any] | None
 NEW_TOKENS = 16
 REGRET = 0.5  # how much less likely than the best one, in nats, a greedy token may be...
 OUTLIERS = 0.05  # ... but for this share of them: differences of log-probabilities have long tails
 SENSITIVE = (1.5, 6.0)  # limits of mean difference and regret, in units of `_moved`
 WORST_GAP = 2.0  # nats per token that quantization may cost at the very most
-BROKEN_WEIGHT = 0.8  # relative error of a weight that even two bits do not reach
-ODD_ONE_OUT = 3.0  # times the median layer's error...
-HARMLESS = 0.1  # ... or this: GPTQ moves weights that the inputs hardly use further than others
 SECONDS = 1800
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
@@ -68,15 +65,6 @@ SETTINGS = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question, its answer, and what was seen (or what to suspect)."""
-
-    name: str
-    passed: bool
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -138,7 +126,7 @@ def _checks(
         original = resolve(reference)
         yield _same_words(tokenizer, load_tokenizer(original), checkpoint, original)
         other = load_model(original, dtype=torch.float32)
-        yield _weights(own, other)
+        yield weights_check(own, other, prompts, new_cache)
         yield _predictions(own, other, prompts, new_cache)
         del other
     dtype = how.dtype or str(next(own.parameters()).dtype)[6:]
@@ -231,45 +219,11 @@ def _same_words(mine: Any, theirs: Any, checkpoint: Checkpoint, original: Checkp
     return Check(name, True, "")
 
 
-def _weights(own: Any, other: Any) -> Check:
-    """No layer is much further from the original than the others are."""
-    name = "weights are the original's, rounded"
-    modules = dict(other.named_modules())
-    errors = {
-        layer: rescaled_error(module.weight.float(), modules[layer].weight.float())
-        for layer, module in own.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    head = next(k for k, m in own.named_modules() if m is own.get_output_embeddings())
-    inside = sorted(error for layer, error in errors.items() if layer != head)
-    middle = inside[len(inside) // 2]
-    for layer, error in errors.items():
-        limit = BROKEN_WEIGHT if layer == head else min(
-            BROKEN_WEIGHT, max(ODD_ONE_OUT * middle, HARMLESS)
-        )  # fmt: skip
-        if error > limit:
-            return Check(name, False, f"suspect {layer}: its weight is {error:.2f} of its size "
-                         f"away from the original's, the median layer {middle:.3f}")  # fmt: skip
-    return Check(name, True, f"median relative error {middle:.4f}, largest {inside[-1]:.4f}")
-
-
-def rescaled_error(weight_OI: Tensor, original_OI: Tensor) -> float:
-    """Relative distance of two weights after fitting a factor per input and per output channel.
-
-    Folding scales into neighbouring layers changes no more than such factors.
-    """
-    fitted_OI = original_OI
-    for side in (0, 1, 0, 1):
-        power = fitted_OI.square().sum(side, keepdim=True).clamp(min=1e-30)
-        fitted_OI = fitted_OI * ((weight_OI * fitted_OI).sum(side, keepdim=True) / power)
-    return float((weight_OI - fitted_OI).norm() / weight_OI.norm().clamp(min=1e-30))
-
-
 def _predictions(
     own: Any, other: Any, prompts: list[list[int]], new_cache: NewCache = None
 ) -> Check:
     mine, theirs = (
-        float(torch.cat([_forward(model, p, cache)[0] for p in prompts]).mean())
+        float(torch.cat([forward(model, p, cache)[0] for p in prompts]).mean())
         for model, cache in ((own, new_cache), (other, None))
     )
     detail = f"mean log-probability {mine:.3f}, the original's {theirs:.3f}"
@@ -291,10 +245,10 @@ def _agreement(
     differences, regrets, moved, equal = [], [], [], 0
     rows = zip(prompts, answer["logprobs"], answer["tokens"], strict=True)
     for prompt, logprobs, tokens in rows:
-        own_T, all_TV = _forward(own, prompt + tokens, new_cache)
+        own_T, all_TV = forward(own, prompt + tokens, new_cache)
         theirs = torch.tensor(logprobs)
         differences.append((own_T[how.first - 1 : len(prompt) - 1] - theirs).abs())
-        moved.append(_moved(own, prompt + tokens, own_T, new_cache))
+        moved.append(_moved(own, prompt + tokens, own_T, new_cache, eight=runtime == "llama.cpp"))
         after_TV = all_TV[len(prompt) - 1 : -1]
         regret = after_TV.amax(-1) - own_T[len(prompt) - 1 :]
         regrets.append(regret)
@@ -319,20 +273,13 @@ def _agreement(
     yield Check("greedy tokens agree", beyond <= OUTLIERS, detail)
 
 
-@torch.no_grad()
-def _forward(model: Any, ids: list[int], new_cache: NewCache = None) -> tuple[Tensor, Tensor]:
-    """(log-probability of every token after the first (T - 1,), all of them (T, V))."""
-    tokens = torch.tensor(ids)
-    cache = None if new_cache is None else new_cache()
-    out = model(input_ids=tokens[None], past_key_values=cache, use_cache=cache is not None)
-    all_TV = out.logits[0].float().log_softmax(-1)
-    return all_TV[:-1].gather(1, tokens[1:, None])[:, 0], all_TV
+def _moved(
+    model: Any, ids: list[int], before_T: Tensor, new_cache: NewCache, *, eight: bool
+) -> float:
+    """How far log-probabilities move, on average, by what a runtime's arithmetic may round.
 
-
-def _moved(model: Any, ids: list[int], before_T: Tensor, new_cache: NewCache) -> float:
-    """How far log-probabilities move when embeddings change by float16's rounding, on average.
-
-    Low-bit inputs make a model chaotic: an input that falls on the other side of a rounding
+    That is the embeddings to float16; with ``eight`` the inputs of Linears to 8 bits, as llama.cpp
+    does. Low-bit inputs make a model chaotic: an input that falls on the other side of a rounding
     border moves others across theirs, so that no two ways of computing agree better than this.
     """
     generator = torch.Generator().manual_seed(0)
@@ -341,12 +288,26 @@ def _moved(model: Any, ids: list[int], before_T: Tensor, new_cache: NewCache) ->
         noise = torch.rand(out.shape, generator=generator).to(out.dtype)
         return out * (1 + (2 * noise - 1) * 2**-11)
 
-    hook = model.get_input_embeddings().register_forward_hook(shaken)
+    hooks = [model.get_input_embeddings().register_forward_hook(shaken)]
+    if eight:
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        hooks = [module.register_forward_pre_hook(_eight_bits) for module in linears]
     try:
-        after_T, _ = _forward(model, ids, new_cache)
+        after_T, _ = forward(model, ids, new_cache)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return float((after_T - before_T).abs().mean())
+
+
+def _eight_bits(module: nn.Module, args: Any) -> tuple[Tensor]:
+    """ggml's Q8_K where its blocks of 256 divide the input width, else Q8_0 with blocks of 32."""
+    (x,) = args
+    width = x.shape[-1]
+    block = next((size for size in (256, 32) if width % size == 0), width)
+    groups = x.unflatten(-1, (-1, block))
+    scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    return ((groups / scale).round().mul(scale).flatten(-2),)
 
 
 def _prompts(tokenizer: Any, text: str, how: Runtime) -> list[list[int]]:
