@@ -5,6 +5,8 @@ from torch import Tensor
 
 from bitwright.numerics.grids import FloatGrid, Grid, IntGrid, finite_magnitudes, values
 
+_EXPONENT = 0x7F800000  # these bits of a float32 alone are the power of two below its magnitude
+
 
 def encode(x: Tensor, grid: Grid) -> Tensor:
     """Codes (uint8, shape of ``x``) of the grid values nearest to ``x``.
@@ -34,6 +36,12 @@ def nearest(x: Tensor, grid: Grid) -> Tensor:
     if isinstance(grid, IntGrid):
         return torch.round(x).clamp_(grid.lowest, grid.highest)
     bounded = x.clamp(-grid.largest, grid.largest)
+    if x.dtype == torch.float32:  # several times as fast as frexp and ldexp
+        power = bounded.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32)
+        power = power.clamp_(min=2.0**grid.smallest_exponent)  # the largest power of two below |x|
+        # A sum with 1.5 * 2^23 steps keeps whole steps only, rounded to nearest even.
+        steps = power.mul_(1.5 * 2.0 ** (23 - grid.mantissa))
+        return bounded.add_(steps).sub_(steps)
     _, exponent = torch.frexp(bounded)
     step = (exponent - 1).clamp_(min=grid.smallest_exponent).sub_(grid.mantissa)
     quantum = torch.ldexp(torch.ones_like(bounded), step)

@@ -3,14 +3,12 @@
 import torch
 from torch import Tensor
 
-from bitwright.numerics.grids import E2M1, E8M0, FloatGrid, Grid, IntGrid
+from bitwright.numerics.grids import E2M1, E8M0, IntGrid
 from bitwright.numerics.groups import expand, sides, split
 from bitwright.numerics.rounding import nearest
 from bitwright.numerics.scales import store_scale
 from bitwright.numerics.straight_through import pass_through
 from bitwright.schemes.scheme import Spec
-
-_HARDWARE = {(4, 3): torch.float8_e4m3fn, (5, 2): torch.float8_e5m2}
 
 
 def needs_calibrated_scale(spec: Spec) -> bool:
@@ -29,7 +27,7 @@ def round_input(x: Tensor, spec: Spec, input_scale: Tensor | None = None) -> Ten
     if spec.mode == "static":
         assert input_scale is not None
         scale = input_scale.to(x_TI.device, torch.float32)
-        return _rounded(x_TI / scale, spec.grid).mul_(scale).view(x.shape).to(x.dtype)
+        return nearest(x_TI / scale, spec.grid).mul_(scale).view(x.shape).to(x.dtype)
     overall = None
     if spec.two_level:
         assert input_scale is not None
@@ -42,7 +40,7 @@ def round_input(x: Tensor, spec: Spec, input_scale: Tensor | None = None) -> Ten
         scale_TI = scale_TG
     else:
         scale_TI = expand(scale_TG, shape, spec.group)
-    out = _rounded(x_TI / scale_TI, spec.grid).mul_(scale_TI)
+    out = nearest(x_TI / scale_TI, spec.grid).mul_(scale_TI)
     if overall is not None:
         out *= overall
     return out.view(x.shape).to(x.dtype)
@@ -71,11 +69,3 @@ def covered(spec: Spec) -> float:
     if isinstance(grid, IntGrid) and grid.bits < 8:
         return grid.highest + 0.5
     return grid.largest
-
-
-def _rounded(x: Tensor, grid: Grid) -> Tensor:
-    """`nearest`, through the dtype torch has for it where there is one (the same values)."""
-    dtype = _HARDWARE.get((grid.exponent, grid.mantissa)) if isinstance(grid, FloatGrid) else None
-    if dtype is None:
-        return nearest(x, grid)
-    return x.clamp_(-grid.largest, grid.largest).to(dtype).to(x.dtype)
