@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 import bitwright
 from bitwright.api_convert import convert
 from bitwright.errors import BadRequest
-from bitwright.evaluation.verify import rescaled_error
+from bitwright.evaluation.weights_check import rescaled_error
 from bitwright.pipeline.checkpoint import open_checkpoint
 from bitwright.runtime.gguf_export import row_order
 from bitwright.runtime.gguf_metadata import architecture

@@ -120,6 +120,19 @@ def test_columns_without_input_stay_close_to_zero(kind: str) -> None:
     assert float(dequantize(q)[:, 7].abs().max()) <= float(q.scale_RG.abs().max())
 
 
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+def test_groups_of_zeros_cost_their_neighbours_nothing(kind: str) -> None:
+    spec, weight = parse_scheme(kind).weight, weight_of(16, 256)
+
+    def error(weight: torch.Tensor) -> float:
+        kept = dequantize(kquant(weight, None, spec), torch.float32)
+        return float((kept - weight).norm() / weight.norm())
+
+    before = error(weight)
+    weight[:, 64:] = 0
+    assert error(weight) < 1.2 * before
+
+
 def test_units_are_found_or_refused() -> None:
     unit = torch.tensor([[0.0123], [3e-5]]).half().float()
     factor = torch.tensor([[63, 1, 0, 17], [2, 2, 40, 31]])

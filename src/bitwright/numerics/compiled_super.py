@@ -57,11 +57,11 @@ def group_fits(
     """Every group's own best (scale, offset), each (S, G): values are scale * code - offset.
 
     Super-block s uses row s % R of ``weight``. Offsets are 0 unless ``asymmetric``, and never
-    negative.
+    negative. The scale of a group of zeros is 0: it has no say in the unit.
     """
     supers, groups, _ = x_SGC.shape
     repeat = weight_RGC.shape[0]
-    scale_SG = np.ones((supers, groups), dtype=np.float32)
+    scale_SG = np.zeros((supers, groups), dtype=np.float32)
     offset_SG = np.zeros((supers, groups), dtype=np.float32)
     for s in numba.prange(supers):
         for g in range(groups):
