@@ -150,7 +150,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             present = list(handle.keys())
             offsets = _offsets(folder / shard)
             if missing := expected - set(present):
-                raise BadCheckpoint(f"{folder / shard} lacks tensor {min(missing)} of its index")
+                raise BadCheckpoint(f"{folder / shard} lacks tensor {min(missing)!r} of its index")
             for name in present if not expected else sorted(expected):
                 part = handle.get_slice(name)
                 kind = part.get_dtype()
@@ -197,7 +197,7 @@ def _shards(folder: Path) -> dict[str, set[str]]:
         shards: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file:
-                raise BadCheckpoint(f"{INDEX} places {name} in {file!r}, outside the folder")
+                raise BadCheckpoint(f"{INDEX} places {name!r} in {file!r}, outside the folder")
             shards.setdefault(file, set()).add(name)
         for file in shards:
             if not os.path.isfile(folder / file):  # also where no file can have such a name

@@ -26,7 +26,15 @@ CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
 # Called with (parameter name, layer name in the checkpoint, the layer).
 Observe = Callable[[str, str, QuantizedLinear], None]
 # What arithmetic on tensors and values of a wrong kind raises, where a format did not look first.
-DAMAGE = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError)
+DAMAGE = (
+    TypeError,
+    ValueError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+)
 
 
 def stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
