@@ -22,12 +22,15 @@ from bitwright.errors import BadRequest, BitwrightError, UnknownName
 from bitwright.evaluation import runners
 from bitwright.evaluation.truncation import truncating_cache
 from bitwright.evaluation.weights_check import Check, NewCache, forward, weights_check
+from bitwright.numerics.grids import IntGrid
 from bitwright.pipeline.checkpoint import Checkpoint
 from bitwright.pipeline.texts import read_text, tokenize
 from bitwright.pipeline.topology import match_names
 from bitwright.runtime.kv_load import cache_factory
 from bitwright.runtime.load import dense_view, format_of, load_model, stored_config
 from bitwright.runtime.source import GGUF_FILE, load_tokenizer, resolve
+from bitwright.schemes.inputs import round_input
+from bitwright.schemes.scheme import Spec
 
 
 @dataclass(frozen=True)
@@ -288,10 +291,11 @@ def _moved(
         noise = torch.rand(out.shape, generator=generator).to(out.dtype)
         return out * (1 + (2 * noise - 1) * 2**-11)
 
-    hooks = [model.get_input_embeddings().register_forward_hook(shaken)]
     if eight:
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
         hooks = [module.register_forward_pre_hook(_eight_bits) for module in linears]
+    else:
+        hooks = [model.get_input_embeddings().register_forward_hook(shaken)]
     try:
         after_T, _ = forward(model, ids, new_cache)
     finally:
@@ -305,9 +309,8 @@ def _eight_bits(module: nn.Module, args: Any) -> tuple[Tensor]:
     (x,) = args
     width = x.shape[-1]
     block = next((size for size in (256, 32) if width % size == 0), width)
-    groups = x.unflatten(-1, (-1, block))
-    scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
-    return ((groups / scale).round().mul(scale).flatten(-2),)
+    spec = Spec(IntGrid(8), (1, block), scale=torch.float32, mode="dynamic")
+    return (round_input(x, spec),)
 
 
 def _prompts(tokenizer: Any, text: str, how: Runtime) -> list[list[int]]:

@@ -27,14 +27,8 @@ CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
 Observe = Callable[[str, str, QuantizedLinear], None]
 # What arithmetic on tensors and values of a wrong kind raises, where a format did not look first.
 DAMAGE = (
-    TypeError,
-    ValueError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    RuntimeError,
-    ArithmeticError,
-)
+    TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError,
+)  # fmt: skip
 
 
 def stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
