@@ -109,7 +109,9 @@ def _checks(
 ) -> Iterator[Check]:
     how = RUNTIMES[runtime]
     file = path / GGUF_FILE if path.is_dir() else path
-    if (runtime == "llama.cpp" and file.suffix != ".gguf") or not path.exists():
+    if not path.exists():
+        raise BadRequest(f"{path} does not exist: give a checkpoint's folder or a GGUF file")
+    if runtime == "llama.cpp" and file.suffix != ".gguf":
         raise BadRequest(f"{path} is not a GGUF file: bitwright convert --format gguf writes one")
     if runtime == "llama.cpp" and not file.is_file():
         raise BadRequest(f"{path} holds no {GGUF_FILE}: bitwright convert --format gguf writes one")
