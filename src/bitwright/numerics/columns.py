@@ -25,7 +25,7 @@ def solve_batch(
     work, upper, scale = (t.contiguous().numpy() for t in (work_OB, upper_BB, scale_OB))
     if not isinstance(grid, IntGrid):
         parameters = float_parameters(grid)
-        levels, errors = solve_float_columns(work.copy(), upper, scale, *parameters)
+        levels, errors = solve_float_columns(work, upper, scale, *parameters)
         return encode(torch.from_numpy(levels), grid), torch.from_numpy(errors)
     zero = (torch.zeros_like(work_OB) if zero_OB is None else zero_OB).contiguous().numpy()
     bounds = float(grid.lowest), float(grid.highest)
