@@ -188,10 +188,14 @@ extern "C" void w4a16(const uint16_t* x, int64_t terms, int64_t m, int64_t k, co
 #pragma omp parallel for num_threads(threads) if (count > 8)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t begin = first_row(b), rows = first_row(b + 1) - begin;
-      uint32_t* place = packed.data() + begin * pairs;
       for (int64_t r = 0; r < rows; ++r) {
         const uint16_t* row = source(begin + r);
-        for (int64_t p = 0; p < pairs; ++p) std::memcpy(place + p * rows + r, row + 2 * p, 4);
+        for (int64_t column = 0, width; column < k; column += width) {
+          width = std::min(deep, group - column % group);
+          uint32_t* place = packed.data() + column / 2 * count + begin * width / 2 + r;
+          for (int64_t p = 0; p < width / 2; ++p)
+            std::memcpy(place + p * rows, row + column + 2 * p, 4);
+        }
         if (!zero) continue;
         for (int64_t g = 0; g < groups; ++g)
           for (int64_t c = 0; c < slices; ++c) {
@@ -221,7 +225,7 @@ extern "C" void w4a16(const uint16_t* x, int64_t terms, int64_t m, int64_t k, co
             if (blocks > 1) expand(here, steps, table, panel);
             for (int64_t b = 0; b < blocks; ++b) {
               const int64_t begin = first_row(b), rows = first_row(b + 1) - begin;
-              const uint32_t* xs = packed.data() + begin * pairs + column / 2 * rows;
+              const uint32_t* xs = packed.data() + column / 2 * count + begin * steps * 4;
               const float* sums = x_sum.data() + (begin * groups + g) * slices + c;
               float* sum = total.data() + begin * LANES;
               const int64_t stride = groups * slices;
