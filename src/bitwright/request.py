@@ -243,8 +243,14 @@ def _adjusted(
 def _require_solvable(method: Method, weight: Spec) -> None:
     """Solvers and tuning have limits that are known before any work."""
     integer = isinstance(weight.grid, IntGrid) and not weight.super_blocks
-    if (method.tune or method.solver == "obq") and not integer:
-        raise BadRequest("obq and tuning work on plain integer weights: use rtn, gptq or awq+gptq")
+    if method.solver == "obq" and not integer:
+        raise BadRequest("obq works on plain integer weights: use rtn, gptq or awq+gptq")
+    plain = isinstance(weight.scale, torch.dtype) and not weight.super_blocks
+    if method.tune and not plain:
+        raise BadRequest(
+            "tuning works on scales that are plain numbers, not on those of NVFP4, MX or K types: "
+            "use rtn, gptq or awq+gptq"
+        )
     if method.tune and weight.group[0] != 1:
         raise BadRequest("tuning needs scales of single rows: drop --granularity tensor")
     if method.solver != "rtn" and weight.group[0] not in (1, -1):

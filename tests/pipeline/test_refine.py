@@ -1,5 +1,6 @@
 """Scale tuning: right gradients, codes kept, divergence lowered, same result every time."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from bitwright.api import prepare, quantize, resolve
 from bitwright.errors import UnsupportedModel
+from bitwright.kernels import reference
 from bitwright.methods.rtn import rtn
 from bitwright.methods.tune import TunedLinear, divergence_and_gradient
 from bitwright.pipeline.refine import output_factor
 from bitwright.pipeline.topology import discover
 from bitwright.runtime.load import format_of, read_layer
 from bitwright.schemes.quantized import dequantize
+from bitwright.schemes.scheme import parse_scheme
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
@@ -27,6 +30,18 @@ def test_a_tuned_linear_starts_as_the_quantized_one(bits: int, asymmetric: bool)
     x = torch.randn(5, 64)
     torch.testing.assert_close(layer(x), x @ dequantize(q).T, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(dequantize(layer.result()), dequantize(q), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["W4A8-INT8", "W8A8-INT8", "W8A8-FP8", "W4A8-FP8", "W4A4"])
+def test_a_tuned_linear_rounds_its_inputs_and_passes_their_gradient(scheme: str) -> None:
+    specs = parse_scheme(scheme)
+    q = replace(rtn(torch.randn(24, 128), None, specs.weight), input_spec=specs.input)
+    layer = TunedLinear(q, None, torch.float32)
+    x = torch.randn(5, 128, requires_grad=True)
+    y = layer(x)
+    torch.testing.assert_close(y, reference.linear(x, q), rtol=1e-4, atol=1e-4)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, dequantize(q).sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_of_scales_and_inputs_match_finite_differences() -> None:

@@ -37,6 +37,7 @@ METHODS = {
     "smoothquant+gptq": Method("gptq", fold="smoothquant"),
     "gptq+tune": Method("gptq", tune=True),
     "awq+tune": Method("rtn", fold="awq", tune=True),
+    "smoothquant+gptq+tune": Method("gptq", fold="smoothquant", tune=True),
     "best": Method("gptq", fold="awq", tune=True),
 }
 

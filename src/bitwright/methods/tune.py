@@ -3,6 +3,7 @@
 With codes fixed, a quantized weight is linear in its scales, so no straight-through
 estimator is needed: d loss / d scale_og = sum over the group's columns of
 d loss / d weight_oi * level_oi, level being the stored integer minus its zero point.
+Inputs of low bits are rounded as at run time, with a gradient of one.
 Scales are learned as logarithms (their signs are kept), against the divergence
 KL(original || quantized) of the whole model's predictions.
 """
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bitwright.errors import BadRequest
+from bitwright.numerics.grids import E5M2, Grid, IntGrid
 from bitwright.numerics.rounding import decode
+from bitwright.schemes.inputs import straight_through_input
 from bitwright.schemes.quantized import QuantizedLinear
 
 
@@ -24,8 +27,10 @@ class TunedLinear(nn.Module):
 
     def __init__(self, q: QuantizedLinear, bias_O: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        if q.spec.group[0] != 1:
-            raise BadRequest("scales can be tuned where a group is part of one row")
+        if q.spec.group[0] != 1 or not isinstance(q.spec.scale, torch.dtype):
+            raise BadRequest(
+                "scales can be tuned where each is a plain number of a part of one row"
+            )
         level_OI = decode(q.codes_OI, q.spec.grid)
         groups = q.scale_RG.shape[1]
         if q.zero_point_RG is not None:
@@ -33,11 +38,10 @@ class TunedLinear(nn.Module):
             level_OI = (level_OI.view(len(zero_OG), groups, -1) - zero_OG[..., None]).view_as(
                 level_OI
             )
-        narrow = level_OI.abs().max() <= 127
         self.original = q
         self.dtype = dtype
         self.bias_O = bias_O
-        self.level_OGC = level_OI.to(torch.int8 if narrow else torch.int16).view(
+        self.level_OGC = level_OI.to(_held_as(q.spec.grid, level_OI)).view(
             len(level_OI), groups, -1
         )
         scale_OG = q.scale_RG.float()
@@ -45,7 +49,9 @@ class TunedLinear(nn.Module):
         self.log_scale_OG = nn.Parameter(scale_OG.abs().log())
 
     def forward(self, x: Tensor) -> Tensor:
-        """x Wᵀ + bias."""
+        """x Wᵀ + bias, x rounded first if the layer's inputs are of low bits."""
+        if self.original.input_spec is not None:
+            x = straight_through_input(x, self.original.input_spec, self.original.input_scale)
         scale_OG = self.sign_OG * self.log_scale_OG.exp()
         y: Tensor = _ScaledMatmul.apply(x, self.level_OGC, scale_OG.to(self.dtype))  # type: ignore[no-untyped-call]
         return y if self.bias_O is None else y + self.bias_O
@@ -71,8 +77,15 @@ class _ScaledMatmul(torch.autograd.Function):
         weight_OI = _weight(level_OGC, scale_OG)
         grad_x = (grad @ weight_OI).view_as(x) if ctx.needs_input_grad[0] else None
         grad_weight_OI = grad.T @ x.reshape(-1, x.shape[-1])
-        grad_scale_OG = (grad_weight_OI.view(level_OGC.shape) * level_OGC).sum(-1)
+        grad_scale_OG = (grad_weight_OI.view(level_OGC.shape) * level_OGC.to(grad.dtype)).sum(-1)
         return grad_x, None, grad_scale_OG
+
+
+def _held_as(grid: Grid, level_OI: Tensor) -> torch.dtype:
+    """The smallest dtype in which levels are exact: a byte but for wide zero points."""
+    if isinstance(grid, IntGrid):
+        return torch.int8 if level_OI.abs().max() <= 127 else torch.int16
+    return torch.float8_e5m2 if grid == E5M2 else torch.float8_e4m3fn  # holds E2M1 as well
 
 
 def _weight(level_OGC: Tensor, scale_OG: Tensor) -> Tensor:
