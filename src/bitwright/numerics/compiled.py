@@ -71,6 +71,25 @@ def round_trip(
     return out_NC
 
 
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _tile(w_OB: Float, first: int, lanes: int) -> Float:
+    """Rows ``first`` to ``first + lanes``, transposed, (B, LANES)."""
+    w = np.zeros((w_OB.shape[1], LANES), dtype=w_OB.dtype)
+    for o in range(lanes):
+        for i in range(w_OB.shape[1]):
+            w[i, o] = w_OB[first + o, i]
+    return w
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _make_up(w: Float, error: Float, u_B: Float, start: int) -> None:
+    """Columns from ``start`` on lose their share of a column's error."""
+    for j in range(start, w.shape[0]):
+        u = u_B[j]
+        for o in range(LANES):
+            w[j, o] -= error[o] * u
+
+
 @parallel(fastmath={"contract"}, error_model="numpy")
 def solve_columns(
     w_OB: Float, u_BB: Float, scale_OB: Float, zero_OB: Float, lowest: float, highest: float
@@ -89,11 +108,7 @@ def solve_columns(
     for tile in numba.prange(-(-rows // LANES)):
         first = tile * LANES
         lanes = min(LANES, rows - first)
-        w = np.zeros((width, LANES), dtype=w_OB.dtype)
-        error = np.zeros(LANES, dtype=w_OB.dtype)
-        for o in range(lanes):
-            for i in range(width):
-                w[i, o] = w_OB[first + o, i]
+        w, error = _tile(w_OB, first, lanes), np.zeros(LANES, dtype=w_OB.dtype)
         for i in range(width):
             for o in range(lanes):
                 scale, zero = scale_OB[first + o, i], zero_OB[first + o, i]
@@ -101,10 +116,7 @@ def solve_columns(
                 codes_OB[first + o, i] = np.uint8(q - low)
                 error[o] = (w[i, o] - (q - zero) * scale) / u_BB[i, i]
                 error_OB[first + o, i] = error[o]
-            for j in range(i + 1, width):
-                u = u_BB[i, j]
-                for o in range(LANES):
-                    w[j, o] -= error[o] * u
+            _make_up(w, error, u_BB[i], i + 1)
     return codes_OB, error_OB
 
 
@@ -171,11 +183,7 @@ def solve_float_columns(
     for tile in numba.prange(-(-rows // LANES)):
         first = tile * LANES
         lanes = min(LANES, rows - first)
-        w = np.zeros((width, LANES), dtype=w_OB.dtype)
-        error = np.zeros(LANES, dtype=w_OB.dtype)
-        for o in range(lanes):
-            for i in range(width):
-                w[i, o] = w_OB[first + o, i]
+        w, error = _tile(w_OB, first, lanes), np.zeros(LANES, dtype=w_OB.dtype)
         for i in range(width):
             for o in range(lanes):
                 scale = scale_OB[first + o, i]
@@ -185,8 +193,5 @@ def solve_float_columns(
                 level_OB[first + o, i] = level
                 error[o] = (w[i, o] - level * scale) / u_BB[i, i]
                 error_OB[first + o, i] = error[o]
-            for j in range(i + 1, width):
-                u = u_BB[i, j]
-                for o in range(LANES):
-                    w[j, o] -= error[o] * u
+            _make_up(w, error, u_BB[i], i + 1)
     return level_OB, error_OB
