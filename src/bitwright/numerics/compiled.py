@@ -19,6 +19,16 @@ Index = npt.NDArray[np.int64]
 LANES = 16  # float32 numbers of an AVX-512 register
 
 
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _first_least(error_K: Float) -> int:
+    """Where the least number is; unlike argmin it passes over NaN."""
+    best = 0
+    for k in range(1, len(error_K)):
+        if error_K[k] < error_K[best]:
+            best = k
+    return best
+
+
 @parallel(fastmath={"contract", "reassoc", "nsz"})
 def best_candidate(
     x_NC: Float, weight_RC: Float, scale_NK: Float, zero_NK: Float, lowest: float, highest: float
@@ -49,11 +59,7 @@ def best_candidate(
                 q = min(max(np.rint(value * inverse[k]), low[k]), high[k])
                 d = q * scale[k] - value
                 error[k] += importance * d * d
-        best = 0
-        for k in range(1, candidates):
-            if error[k] < error[best]:
-                best = k
-        best_N[n] = best
+        best_N[n] = _first_least(error)
     return best_N
 
 
@@ -133,14 +139,23 @@ def _power_below(_: object, value: numba.types.Float) -> object:
     return value(value), generate
 
 
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _nearest_float(value: float, least: float, bound: float, steps: float) -> float:
+    """The nearest value of a grid up to ``bound`` whose steps grow from the power ``least`` on.
+
+    A sum with ``steps`` = 1.5 * 2^23 steps (2^52 in float64) keeps whole steps only, rounded to
+    nearest even.
+    """
+    bounded = min(max(value, -bound), bound)
+    shift = max(_power_below(bounded), least) * steps
+    return (bounded + shift) - shift  # type: ignore[no-any-return]
+
+
 @parallel(fastmath={"contract"}, error_model="numpy")
 def best_float_candidate(
     x_NC: Float, weight_RC: Float, scale_NK: Float, mantissa: int, smallest: int, largest: float
 ) -> Index:
-    """`best_candidate` for a FloatGrid of ``mantissa`` bits and ``smallest`` exponent.
-
-    A sum with 1.5 * 2^23 steps (2^52 in float64) keeps whole steps only, rounded to nearest even.
-    """
+    """`best_candidate` for a FloatGrid of ``mantissa`` bits and ``smallest`` exponent."""
     groups, width = x_NC.shape
     candidates = scale_NK.shape[1]
     repeat = weight_RC.shape[0]
@@ -157,15 +172,10 @@ def best_float_candidate(
         for c in range(width):
             value, importance = x[c], weight[c]
             for k in range(candidates):
-                q = min(max(value * inverse[k], -bound), bound)
-                shift = max(_power_below(q), least) * steps
-                d = ((q + shift) - shift) * scale[k] - value
+                q = _nearest_float(value * inverse[k], least, bound, steps)
+                d = q * scale[k] - value
                 error[k] += importance * d * d
-        best = 0
-        for k in range(1, candidates):
-            if error[k] < error[best]:
-                best = k
-        best_N[n] = best
+        best_N[n] = _first_least(error)
     return best_N
 
 
@@ -187,9 +197,8 @@ def solve_float_columns(
         for i in range(width):
             for o in range(lanes):
                 scale = scale_OB[first + o, i]
-                q = min(max(w[i, o] / scale, -bound), bound)
-                shift = max(_power_below(q), least) * steps
-                level = np.copysign((q + shift) - shift, q)  # minus zero has a code of its own
+                x = w[i, o] / scale
+                level = np.copysign(_nearest_float(x, least, bound, steps), x)  # -0 is a code
                 level_OB[first + o, i] = level
                 error[o] = (w[i, o] - level * scale) / u_BB[i, i]
                 error_OB[first + o, i] = error[o]
