@@ -56,6 +56,36 @@ def test_compiled_products_are_the_specified_ones(
     assert ((found.float() - wanted.float()).abs() <= tolerance(x, q, RELATIVE[dtype])).all()
 
 
+@pytest.mark.skipif(bool(why_not_compiled()), reason=why_not_compiled() or "compiled")
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("size", [96, 128, -1])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_sums_go_on_over_thousands_of_columns(tokens: int, size: int, asymmetric: bool) -> None:
+    columns = 4992  # no multiple of a slice; one group of a row is cut
+    scheme = parse_scheme("W4A16").with_weight(group_size=size, asymmetric=asymmetric)
+    generator = torch.Generator().manual_seed(size)
+    q = rtn(torch.randn(70, columns, generator=generator), None, scheme.weight, search="absmax")
+    x = torch.randn(tokens, columns, generator=generator)
+    found, wanted = compiled(x, pack_for_cpu(q)), linear(x, q)
+    assert ((found - wanted).abs() <= tolerance(x, q, 2e-6)).all()
+
+
+@pytest.mark.skipif(bool(why_not_compiled()), reason=why_not_compiled() or "compiled")
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_scales_far_apart_or_zero_are_no_matter(asymmetric: bool) -> None:
+    q = layer(70, 12, 64, 3, asymmetric=asymmetric)
+    generator = torch.Generator().manual_seed(0)
+    scale_RG = torch.randn(70, 12, generator=generator) * 10.0 ** torch.randint(
+        -30, 2, (70, 12), generator=generator
+    )
+    scale_RG[torch.rand(70, 12, generator=generator) < 0.1] = 0
+    q = replace(q, scale_RG=scale_RG.to(q.scale_RG.dtype))
+    x = torch.randn(7, q.shape[1], generator=generator)
+    found, wanted = compiled(x, pack_for_cpu(q)), linear(x, q)
+    assert torch.isfinite(found).all()
+    assert ((found - wanted).abs() <= tolerance(x, q, 2e-6)).all()
+
+
 @pytest.mark.parametrize("name", ["W2A16", "W3A16", "W4A16", "NVFP4A16"])
 @pytest.mark.parametrize("dtype", RELATIVE)
 def test_both_paths_agree_on_every_grid_of_four_bits(name: str, dtype: torch.dtype) -> None:

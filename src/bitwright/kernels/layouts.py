@@ -296,5 +296,5 @@ def _stored_scale(q: QuantizedLinear, dtypes: tuple[torch.dtype, ...]) -> Tensor
 
 
 def _tiled(value_OG: Tensor, tiles: int) -> Tensor:
-    full = pad(value_OG, (0, 0, 0, tiles * LANES - value_OG.shape[0]))
+    full = pad(value_OG, (0, 0, 0, tiles * LANES - value_OG.shape[0]), value=1)
     return full.reshape(tiles, LANES, -1).transpose(1, 2).contiguous()
