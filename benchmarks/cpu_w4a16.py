@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bitwright.kernels import reference
-from bitwright.kernels.cpu_build import why_not_compiled
-from bitwright.kernels.cpu_w4a16 import w4a16
+from bitwright.kernels.cpu_w4a16 import w4a16, why_not_compiled
 from bitwright.kernels.layouts import pack_for_cpu
 from bitwright.methods.rtn import rtn
 from bitwright.schemes.quantized import dequantize

@@ -18,7 +18,7 @@ PROBES = (
     ("bitwright.formats.compressed_tensors", "CompressedTensors.encode", "pack"),
     ("bitwright.pipeline.topology", "call_block", "forward"),
     ("torch.nn.functional", "scaled_dot_product_attention", "attention"),
-    ("bitwright.pipeline.calibrate", "gram_of", "gram"),
+    ("bitwright.pipeline.gram", "add_gram", "gram"),
     ("bitwright.pipeline.calibrate", "_Sums.add", "channel sums"),
     ("bitwright.methods.rtn", "choose_scales", "scale search"),
     ("bitwright.numerics.linalg", "damped", "factor"),

@@ -30,7 +30,7 @@ from parts import Parts
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bitwright import api
-from bitwright.pipeline.calibrate import gram_of
+from bitwright.pipeline.gram import add_gram
 
 BLOCKS = 4  # the first warms up; the last is not timed, since its end is not reported
 
@@ -72,15 +72,16 @@ def best(function: Callable[[], object], repeats: int = 7) -> float:
 
 
 def rates(config: Any, rows: int) -> dict[str, float]:
-    """Operations per second: bfloat16 and float32 matmul, and gram_of, at the block's shapes."""
+    """Operations per second: bfloat16 and float32 matmul, and add_gram, at the block's shapes."""
     d, m = config.hidden_size, config.intermediate_size
     x_bf, w_bf = torch.randn(rows, d).bfloat16(), torch.randn(m, d).bfloat16()
     x_32, w_32 = torch.randn(m, 128), torch.randn(128, d)
+    gram = torch.zeros(d, d)
     with torch.no_grad():
         return {
             "bfloat16": 2 * rows * d * m / best(lambda: torch.nn.functional.linear(x_bf, w_bf)),
             "float32": 2 * m * 128 * d / best(lambda: x_32 @ w_32),
-            "gram_of": rows * d * (d + 1) / best(lambda: gram_of(x_bf)),
+            "add_gram": rows * d * (d + 1) / best(lambda: add_gram(gram, x_bf)),
         }
 
 
@@ -158,8 +159,8 @@ def main() -> None:
             "floor": floor,
             "floor_seconds": least,
             "ratio": seconds / least,
-            "ratio_with_gram_of": seconds
-            / (least - floor["gram"] + work["gram"] / rate["gram_of"]),
+            "ratio_with_add_gram": seconds
+            / (least - floor["gram"] + work["gram"] / rate["add_gram"]),
             "rates": rate,
             "operations": work,
             "parts": dict(sorted(spent.items(), key=lambda item: -item[1])),
@@ -174,7 +175,7 @@ def report(width: int, config: Any, row: Row) -> None:
     print(f"\n{width}x: {config.hidden_size}/{config.intermediate_size}; GFLOP/s: {rate}")
     print(
         f"{row['seconds_per_block']:.3f} s per block, floor {row['floor_seconds']:.3f} s: "
-        f"ratio {row['ratio']:.2f} ({row['ratio_with_gram_of']:.2f} with gram_of at its own rate)"
+        f"ratio {row['ratio']:.2f} ({row['ratio_with_add_gram']:.2f} with add_gram at its own rate)"
     )
     print("floor  " + "  ".join(f"{name} {value:.3f}" for name, value in row["floor"].items()))
     table = Table(("part", 14, ""), ("s", 7, ".3f"), ("share", 6, ".0%"))

@@ -11,14 +11,14 @@ import bitwright
 
 ROOT = Path(bitwright.__file__).parent
 RANKS = {
-    "numerics": 0, "schemes": 1, "methods": 2, "pipeline": 3, "formats": 4, "kernels": 5,
-    "runtime": 6, "training": 7, "evaluation": 7, "planning": 7, "cluster": 7,
+    "numerics": 0, "schemes": 1, "methods": 2, "native": 2.5, "pipeline": 3, "formats": 4,
+    "kernels": 5, "runtime": 6, "training": 7, "evaluation": 7, "planning": 7, "cluster": 7,
     "request": 8, "api": 8, "api_convert": 8, "api_allocate": 8, "api_train": 8, "cli": 8,
     "commands": 8,
 }  # fmt: skip
 LONGEST = 400
 SHORTER = {"methods/gptq.py": 200}
-MAY_READ_ENVIRONMENT = {"pipeline/gguf_import.py"}  # the cache folder
+MAY_READ_ENVIRONMENT = {"pipeline/gguf_import.py", "native.py"}  # the cache folder
 MAY_CATCH_ALL = {
     "pipeline/gguf_import.py",  # tokenizers raises Exception itself
     "pipeline/run.py",  # BaseException: clean up, then raise again

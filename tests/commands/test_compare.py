@@ -14,7 +14,7 @@ from bitwright.commands.compare import Entry, parse_entries
 from bitwright.errors import BadRequest, BitwrightError
 from bitwright.evaluation.perplexity import evaluate_model
 from bitwright.evaluation.remember import Remembered
-from bitwright.kernels.cpu_build import why_not_compiled
+from bitwright.kernels.cpu_w4a16 import why_not_compiled
 from bitwright.pipeline import run as pipeline
 
 Run = Callable[..., Ran]

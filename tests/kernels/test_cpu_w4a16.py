@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitwright.kernels.cpu_build import why_not_compiled
-from bitwright.kernels.cpu_w4a16 import by_panels, compiled, w4a16
+from bitwright.kernels.cpu_w4a16 import by_panels, compiled, w4a16, why_not_compiled
 from bitwright.kernels.layouts import pack_for_cpu, pack_for_gpu, unpack_gpu, why_not_packed
 from bitwright.kernels.reference import linear, tolerance
 from bitwright.methods.rtn import rtn

@@ -1,17 +1,20 @@
 """Replaying blocks gives what the whole model computes, and the statistics of its inputs."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from support.fixtures import ModelFactory
 from support.models import ARCHITECTURES, VOCABULARY
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bitwright.errors import NoSpace, UnsupportedModel
 from bitwright.pipeline import calibrate
-from bitwright.pipeline.calibrate import HiddenStates, advance, collect, gram_of
+from bitwright.pipeline.calibrate import HiddenStates, advance, collect
 from bitwright.pipeline.checkpoint import open_checkpoint
+from bitwright.pipeline.gram import add_gram, by_tiles, mirror
 from bitwright.pipeline.inputs import SharedInput
 from bitwright.pipeline.topology import discover, load_outside, materialize
 
@@ -67,15 +70,23 @@ def test_replay_equals_the_model(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("add", [add_gram, by_tiles])
 @pytest.mark.parametrize("width", [1, 30, 255, 256, 301])
+@pytest.mark.parametrize("tokens", [1, 63, 1200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gram_is_the_matrix_product(width: int, dtype: torch.dtype) -> None:
-    x = torch.randn(64, width).to(dtype)
+def test_gram_is_the_matrix_product(
+    add: Callable[[Tensor, Tensor], None], width: int, tokens: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(tokens, width).to(dtype)
+    more = torch.randn(width, tokens).to(dtype).T  # rows are no neighbours
     before = torch.get_float32_matmul_precision()
-    gram = gram_of(x)
+    gram = torch.zeros(width, width)
+    add(gram, x)
+    add(gram, more)
+    mirror(gram)
     assert torch.get_float32_matmul_precision() == before
-    assert gram.dtype is torch.float32
-    expected = (x.double().T @ x.double()).float()
+    both = torch.cat([x, more]).double()
+    expected = (both.T @ both).float()
     torch.testing.assert_close(gram, expected, rtol=1e-4, atol=1e-3)
     assert torch.equal(gram, gram.T)
 

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from bitwright.api import generate, load, quantize
 from bitwright.kernels import panels
-from bitwright.kernels.cpu_build import why_not_compiled
+from bitwright.kernels.cpu_w4a16 import why_not_compiled
 from bitwright.kernels.dispatch import product
 from bitwright.methods.rtn import rtn
 from bitwright.numerics.grids import IntGrid

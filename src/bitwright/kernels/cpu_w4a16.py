@@ -3,15 +3,28 @@
 The weight stays packed on both paths: at most one panel of it is ever expanded.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bitwright.kernels.cpu_build import library, why_not_compiled
 from bitwright.kernels.layouts import LANES, CpuWeight, split_terms, unpack_cpu_rows
+from bitwright.native import function, why_not
 
 PANEL = 4  # tiles of 64 channels that the fallback expands at a time
+_SOURCE = ("bitwright.kernels", "cpu_w4a16.cpp")
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_ARGUMENTS = (
+    _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _FLOAT,
+    _POINTER, _INT, _LONG, _LONG, _INT,
+)  # fmt: skip
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+def why_not_compiled() -> str:
+    """Why the compiled kernel cannot run on this machine; "" if it can."""
+    return why_not(*_SOURCE)
 
 
 def w4a16(x_MI: Tensor, w: CpuWeight) -> Tensor:
@@ -32,7 +45,7 @@ def compiled(x_MI: Tensor, w: CpuWeight) -> Tensor:
     rows, cols = x_MI.shape
     terms = split_terms(x_MI).contiguous()
     out = torch.empty(rows, w.shape[0], dtype=x_MI.dtype)
-    library()(
+    function(*_SOURCE, "w4a16", _ARGUMENTS)(
         terms.data_ptr(), terms.shape[0], rows, cols,
         w.words_TKJL.data_ptr(), w.scale_TGN.data_ptr(), KINDS[w.scale_TGN.dtype],
         None if w.zero_TGN is None else w.zero_TGN.data_ptr(), w.table.data_ptr(),

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BadRequest
-from bitwright.kernels.cpu_build import why_not_compiled
-from bitwright.kernels.cpu_w4a16 import w4a16
+from bitwright.kernels.cpu_w4a16 import w4a16, why_not_compiled
 from bitwright.kernels.cpu_w8a8 import w8a8_int8, why_not_int8
 from bitwright.kernels.layouts import (
     CpuWeight,

@@ -5,16 +5,15 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from bitwright.errors import BadRequest, NoSpace, UnsupportedModel
 from bitwright.pipeline.checkpoint import memory_of
+from bitwright.pipeline.gram import add_gram, mirror
 from bitwright.pipeline.inputs import SharedInput
 from bitwright.pipeline.topology import BlockCall, Topology, call_block, run_until_blocks
 from bitwright.pipeline.writer import disk
@@ -291,14 +290,16 @@ class _Sums:
     def add(self, x: Tensor) -> None:
         x_TI = x.reshape(-1, x.shape[-1])
         absolute_TI = x_TI.abs()
-        gram, largest = gram_of(x_TI), absolute_TI.amax(0)
+        largest = absolute_TI.amax(0)
         total = absolute_TI.sum(0, dtype=torch.float32)
         if self.gram is None or self.absolute is None or self.largest is None:
-            self.gram, self.absolute, self.largest = gram, total, largest
+            width = x_TI.shape[1]
+            self.gram = torch.zeros(width, width, dtype=torch.float32, device=x_TI.device)
+            self.absolute, self.largest = total, largest
         else:
-            self.gram += gram
             self.absolute += total
             self.largest = torch.maximum(self.largest, largest)
+        add_gram(self.gram, x_TI)
         self.tokens += x_TI.shape[0]
         if self.stride:
             self.batches.append(largest.float())
@@ -309,38 +310,10 @@ class _Sums:
         assert self.absolute is not None
         assert self.largest is not None
         return InputStats(
-            hessian_II=self.gram.div_(self.tokens),  # not needed any more
+            hessian_II=mirror(self.gram.div_(self.tokens)),  # not needed any more
             absmean_I=self.absolute / self.tokens,
             absmax_I=self.largest.float(),
             tokens=self.tokens,
             batch_absmax_BI=torch.stack(self.batches) if self.stride else None,
             sample_TI=torch.cat(self.samples) if self.stride else None,
         )
-
-
-def gram_of(x_TI: Tensor, *, tile: int = 256) -> Tensor:
-    """Xᵀ X in float32. bfloat16 inputs are multiplied as such (exactly) where that is faster.
-
-    Only the lower triangle is multiplied, ``tile`` rows at a time, and mirrored.
-    """
-    x_IT = x_TI.T.contiguous().float()
-    width = len(x_IT)
-    gram = torch.empty(width, width, dtype=torch.float32, device=x_IT.device)
-    with _bfloat16_products(x_TI.dtype is torch.bfloat16):
-        for start in range(0, width, tile):
-            part = slice(start, start + tile)
-            gram[part, : start + tile] = linear(x_IT[part], x_IT[: start + tile])
-            gram[:start, part] = gram[part, :start].T
-    return gram
-
-
-@contextmanager
-def _bfloat16_products(allowed: bool) -> Iterator[None]:
-    """Let the CPU take float32 factors as bfloat16: lossless when they came from bfloat16."""
-    before = torch.get_float32_matmul_precision()
-    if allowed:
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel: built once with the system's C++ compiler, kept in the user's cache."""
+"""C++ functions for this processor: built at first use, kept in the cache of the user."""
 
 import ctypes
 import hashlib
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,37 +18,39 @@ FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-w", "-mavx512f", "-mavx512bw",
     "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mf16c", "-mfma",
 )  # fmt: skip
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-_ARGUMENTS = (
-    _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _FLOAT,
-    _POINTER, _INT, _LONG, _LONG, _INT,
-)  # fmt: skip
 
 
 @cache
-def why_not_compiled() -> str:
-    """Why the compiled kernel cannot run on this machine; "" if it can."""
+def why_not(package: str, file: str) -> str:
+    """Why ``file`` of ``package`` cannot be used on this machine; "" if it can."""
     if not torch.cpu._is_avx512_bf16_supported():
         return "the processor has no AVX-512 BF16"
     try:
-        library()
+        _library(package, file)
     except (OSError, subprocess.SubprocessError) as error:
-        return f"the kernel could not be built: {' '.join(str(error).split())[:200]}"
+        return f"{file} could not be built: {' '.join(str(error).split())[:200]}"
     return ""
 
 
+def function(package: str, file: str, name: str, arguments: Sequence[Any]) -> Any:
+    """A C function that returns nothing; `why_not` must be empty.
+
+    Raises OSError or SubprocessError if the file cannot be built.
+    """
+    found = getattr(_library(package, file), name)
+    found.argtypes, found.restype = arguments, None
+    return found
+
+
 @cache
-def library() -> Any:
-    """The C function, built at first use. Raises OSError or SubprocessError if that fails."""
-    source = files("bitwright.kernels").joinpath("cpu_w4a16.cpp").read_bytes()
+def _library(package: str, file: str) -> ctypes.CDLL:
+    source = files(package).joinpath(file).read_bytes()
     digest = hashlib.sha256(source + " ".join(FLAGS).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitwright"
-    target = folder / f"cpu_w4a16-{digest}.so"
+    target = folder / f"{Path(file).stem}-{digest}.so"
     if not target.exists():
         build(source, target)
-    function = ctypes.CDLL(str(target)).w4a16
-    function.argtypes, function.restype = _ARGUMENTS, None
-    return function
+    return ctypes.CDLL(str(target))
 
 
 def build(source: bytes, target: Path) -> None:
