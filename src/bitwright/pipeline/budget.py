@@ -124,7 +124,7 @@ def _block(source: Checkpoint, topology: Topology, plan: Plan, index: int) -> in
     widest = max(width for _, width in shared)
     method = parse_method(plan.method)
     factor = 4 * FLOAT * widest**2 if method.solver != "rtn" or method.fold else 0
-    drift = grams if plan.options.get("true_inputs") else 0
+    drift, sums = (grams, FLOAT * widest**2) if plan.options.get("true_inputs") else (0, 0)
     elements = sum(linear.weight.numel() for linear in topology.linears[index].values())
     widened = FLOAT * elements * (2 if method.fold else 0)
     tensors = topology.block_tensors(index).values()
@@ -132,7 +132,7 @@ def _block(source: Checkpoint, topology: Topology, plan: Plan, index: int) -> in
     compute = sum(math.prod(source.tensors[t].shape) * dtype.itemsize for t in other)
     batch = max(TOKENS_PER_BATCH, plan.calibration.sequence_length)
     activations = batch * widest * (8 * dtype.itemsize + 2 * FLOAT)
-    states = grams + drift + max(factor + 4 * stacks, FLOAT * widest**2 + activations)
+    states = grams + drift + max(factor + 4 * stacks, sums + activations)
     return stored + compute + _codes(topology, plan, index) + widened + states + PARTS
 
 
