@@ -348,6 +348,13 @@ def predict(
         tokens = plan.calibration.samples * plan.calibration.sequence_length
         weights = sum(layer.shape[0] * layer.shape[1] for layer in plan.quantized.values())
         seconds += tokens * weights * 2 * 3 / 3e11
+        method = parse_method(plan.method)
+        if method.solver == "obq":  # see docs/methods-obs.md
+            seconds += sum(o * i**3 / 6 for o, i in (x.shape for x in plan.quantized.values())) / 1e9
+        if method.tune:
+            effort = plan.options["tune"]
+            seen = effort["steps"] * effort["batch"] * plan.calibration.sequence_length
+            seconds += seen * weights * 2 * 3 / 2e11
     disk = predicted_bytes(source, topology, plan)
     memory = peak_bytes(source, topology, plan, overlap=overlap)
     return Prediction(memory, disk, seconds)

@@ -64,3 +64,4 @@ def test_methods_that_hold_the_whole_model_say_so(wide: Path, text: Path) -> Non
         for method in ("gptq", "gptq+tune")
     )
     assert tuned.prediction.memory_bytes >= plain.prediction.memory_bytes
+    assert tuned.prediction.seconds > plain.prediction.seconds
