@@ -350,7 +350,8 @@ def predict(
         seconds += tokens * weights * 2 * 3 / 3e11
         method = parse_method(plan.method)
         if method.solver == "obq":  # see docs/methods-obs.md
-            seconds += sum(o * i**3 / 6 for o, i in (x.shape for x in plan.quantized.values())) / 1e9
+            shapes = [layer.shape for layer in plan.quantized.values()]
+            seconds += sum(rows * width**3 / 6 for rows, width in shapes) / 1e9
         if method.tune:
             effort = plan.options["tune"]
             seen = effort["steps"] * effort["batch"] * plan.calibration.sequence_length
