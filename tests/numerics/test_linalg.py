@@ -27,6 +27,15 @@ def test_factor_is_that_of_the_inverse(size: int, seed: int) -> None:
     )
 
 
+@pytest.mark.parametrize("size", [128, 129, 515, 1100])
+def test_large_factors_are_made_of_halves(size: int) -> None:
+    matrix = _positive(size, size)
+    upper = inverse_cholesky_upper(matrix)
+    assert torch.equal(upper, upper.triu())
+    eye = torch.eye(size, dtype=torch.float64)
+    torch.testing.assert_close(upper.T @ upper @ matrix, eye, rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_dtype_is_kept_and_the_input_too(dtype: torch.dtype) -> None:
     matrix = _positive(6, 0).to(dtype)

@@ -45,8 +45,11 @@ def inverse_cholesky_upper(matrix_II: Tensor) -> Tensor:
     return _lower_inverse(lower).flip(0, 1)
 
 
-def _lower_inverse(lower_II: Tensor, leaf: int = 256) -> Tensor:
-    """Inverse of a lower triangular matrix by halves: a third of the work of solving for eye."""
+def _lower_inverse(lower_II: Tensor, leaf: int = 128) -> Tensor:
+    """Inverse of a lower triangular matrix by halves, at about n³/3 multiplications and additions.
+
+    Products leave out the halves that are zero; solving for eye would take three times as long.
+    """
     size = len(lower_II)
     if size <= leaf:
         identity = torch.eye(size, dtype=lower_II.dtype, device=lower_II.device)
@@ -56,5 +59,26 @@ def _lower_inverse(lower_II: Tensor, leaf: int = 256) -> Tensor:
     out = torch.zeros_like(lower_II)
     out[:half, :half] = _lower_inverse(lower_II[:half, :half], leaf)
     out[half:, half:] = _lower_inverse(lower_II[half:, half:], leaf)
-    out[half:, :half] = -out[half:, half:] @ (lower_II[half:, :half] @ out[:half, :half])
+    middle = _times_lower(lower_II[half:, :half], out[:half, :half])
+    out[half:, :half] = _lower_times(out[half:, half:], middle).neg_()
     return out
+
+
+def _times_lower(a_NI: Tensor, lower_II: Tensor, leaf: int = 256) -> Tensor:
+    """A L without the products with L's upper half."""
+    if len(lower_II) <= leaf:
+        return a_NI @ lower_II
+    half = len(lower_II) // 2
+    left = _times_lower(a_NI[:, :half], lower_II[:half, :half])
+    left.addmm_(a_NI[:, half:], lower_II[half:, :half])
+    return torch.cat([left, _times_lower(a_NI[:, half:], lower_II[half:, half:])], 1)
+
+
+def _lower_times(lower_II: Tensor, b_IN: Tensor, leaf: int = 256) -> Tensor:
+    """L B without the products with L's upper half."""
+    if len(lower_II) <= leaf:
+        return lower_II @ b_IN
+    half = len(lower_II) // 2
+    below = _lower_times(lower_II[half:, half:], b_IN[half:])
+    below.addmm_(lower_II[half:, :half], b_IN[:half])
+    return torch.cat([_lower_times(lower_II[:half, :half], b_IN[:half]), below])
