@@ -87,8 +87,10 @@ def gptq(
     zero_RG = None
     if scale_RG is None:
         scale_RG, zero_RG = choose_scales(weight_OI, spec, search=search, importance_I=importance_I)
-    upper_II = inverse_cholesky_upper(damped(hessian_II, damp)[columns[:, None], columns])
-    work_OI = weight_OI[:, columns]  # a copy; visited columns are replaced by their errors
+    upper_II = inverse_cholesky_upper(
+        damped(hessian_II, damp).index_select(0, columns).index_select(1, columns)
+    )
+    work_OI = weight_OI.index_select(1, columns)  # visited columns are replaced by their errors
     codes_OI = torch.empty(shape, dtype=torch.uint8, device=weight_OI.device)
     step = lazy if fixed else width
     for left in range(0, shape[1], step):
@@ -103,7 +105,7 @@ def gptq(
             None if zero_RG is None else _at(zero_RG, shape, spec, columns[batch]),
             spec.grid,
         )
-        codes_OI[:, columns[batch]] = codes_OB
+        codes_OI.index_copy_(1, columns[batch], codes_OB)
     if bool(dead_I.any()):
         codes_OI[:, dead_I] = _zero_codes(scale_RG, zero_RG, shape, spec)[:, dead_I]
     return assemble(codes_OI, spec, scale_RG, zero_RG, global_scale)
@@ -130,7 +132,7 @@ def _rescale(
 def _at(value_RG: Tensor, shape: tuple[int, int], spec: Spec, columns: Tensor) -> Tensor:
     """Per-group values as one per weight, for the given columns."""
     width = sides(shape, spec.group)[1]
-    return value_RG[:, columns // width].expand(shape[0], -1)
+    return value_RG.index_select(1, columns // width).expand(shape[0], -1)
 
 
 def _zero_codes(
