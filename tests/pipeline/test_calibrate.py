@@ -70,6 +70,33 @@ def test_replay_equals_the_model(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_batches_end_when_every_input_was_seen(
+    twice: bool, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "TOKENS_PER_BATCH", 32)
+    source = open_checkpoint(llama)
+    topology = discover(source)
+    load_outside(topology, source)
+    hidden = HiddenStates(topology, torch.randint(VOCABULARY, (4, 32)), tmp_path / "hidden")
+    block, linears, names = topology.block(0), topology.linears[0], topology.block_tensors(0)
+    loaded = source.read(names.values())
+    materialize(topology.model, {p: loaded[t] for p, t in names.items()}, torch.float32)
+    groups = [SharedInput((name,)) for name in linears]
+    last = linears[list(linears)[-1]]
+    if twice:  # a Linear that a block calls again: what it reads then counts as well
+        block.register_forward_pre_hook(lambda _, args: linears[groups[0].names[0]](args[0]))
+    ends: list[int] = []
+    last.register_forward_hook(lambda *_: ends.append(1))
+    stopped = collect(block, linears, groups, hidden, 0)
+    assert len(ends) == (4 if twice else 1)
+    whole = collect(block, linears, groups, hidden, 0, on_output=lambda where, out: None)
+    assert len(ends) == (8 if twice else 5)
+    for group in groups:
+        assert torch.equal(stopped[group].hessian_II, whole[group].hessian_II)
+        assert stopped[group].tokens == whole[group].tokens
+
+
 @pytest.mark.parametrize("add", [add_gram, by_tiles])
 @pytest.mark.parametrize("width", [1, 30, 255, 256, 301])
 @pytest.mark.parametrize("tokens", [1, 63, 1200])

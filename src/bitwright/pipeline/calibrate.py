@@ -217,19 +217,41 @@ def collect(
 ) -> dict[SharedInput, InputStats]:
     """Statistics of every shared input of a block that any token reached, in one replay.
 
-    ``on_output`` receives each batch's output of the unquantized block; ``sample`` keeps what
-    input scales are chosen by.
+    ``on_output`` receives each batch's output of the unquantized block; without it, a batch ends
+    when every input was seen, before the last Linears. ``sample`` keeps what input scales are
+    chosen by.
     """
     stride = max(1, hidden.tokens // SAMPLED_TOKENS) if sample else 0
     sums = {group: _Sums(stride) for group in shared}
-    handles = []
-    for group, total in sums.items():
-        first = linears[group.names[0]]
-        handles.append(first.register_forward_pre_hook(lambda _, args, t=total: t.add(args[0])))
+    waiting: set[SharedInput] = set()  # empty: the batch has to run to its end
+
+    def add(group: SharedInput, x: Tensor) -> None:
+        sums[group].add(x)
+        if waiting:
+            waiting.discard(group)
+            if not waiting:
+                raise _EverythingSeen
+
+    handles = [
+        linears[group.names[0]].register_forward_pre_hook(
+            lambda _, args, group=group: add(group, args[0])
+        )
+        for group in shared
+    ]
     try:
         with torch.no_grad():
             for where, batch, call in hidden.batches(index):
-                output = call_block(block, batch, call)
+                # Not where a Linear is called more than once, nor before that is known.
+                if on_output is None and all(total.once for total in sums.values()):
+                    waiting.update(sums)
+                before = [total.calls for total in sums.values()]
+                try:
+                    output = call_block(block, batch, call)
+                except _EverythingSeen:
+                    continue
+                waiting.clear()
+                for total, calls in zip(sums.values(), before, strict=True):
+                    total.once = total.calls == calls + 1
                 if on_output is not None:
                     on_output(where, output)
     finally:
@@ -275,11 +297,17 @@ def collect_drift(
     return {group: total / hidden.tokens for group, total in sums.items()}
 
 
+class _EverythingSeen(Exception):
+    """Leaves a block whose remaining outputs nobody needs."""
+
+
 class _Sums:
-    """Running sums over tokens of one shared input."""
+    """Running sums over tokens of one shared input; ``once``: it came once in the last batch."""
 
     def __init__(self, stride: int) -> None:
         self.tokens = 0
+        self.calls = 0
+        self.once = False
         self.stride = stride
         self.batches: list[Tensor] = []
         self.samples: list[Tensor] = []
@@ -301,6 +329,7 @@ class _Sums:
             self.largest = torch.maximum(self.largest, largest)
         add_gram(self.gram, x_TI)
         self.tokens += x_TI.shape[0]
+        self.calls += 1
         if self.stride:
             self.batches.append(largest.float())
             self.samples.append(x_TI[:: self.stride].float())
