@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -32,7 +31,8 @@ def why_not(package: str, file: str) -> str:
     return ""
 
 
-def function(package: str, file: str, name: str, arguments: Sequence[Any]) -> Any:
+@cache
+def function(package: str, file: str, name: str, arguments: tuple[Any, ...]) -> Any:
     """A C function that returns nothing; `why_not` must be empty.
 
     Raises OSError or SubprocessError if the file cannot be built.

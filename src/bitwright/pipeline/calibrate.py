@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -223,14 +224,14 @@ def collect(
     """
     stride = max(1, hidden.tokens // SAMPLED_TOKENS) if sample else 0
     sums = {group: _Sums(stride) for group in shared}
-    waiting: set[SharedInput] = set()  # empty: the batch has to run to its end
+    calls: Counter[SharedInput] = Counter()  # in this batch
+    once = False  # where a Linear is called again, a batch has to run to its end
 
     def add(group: SharedInput, x: Tensor) -> None:
         sums[group].add(x)
-        if waiting:
-            waiting.discard(group)
-            if not waiting:
-                raise _EverythingSeen
+        calls[group] += 1
+        if once and len(calls) == len(sums):
+            raise _EverythingSeen
 
     handles = [
         linears[group.names[0]].register_forward_pre_hook(
@@ -241,17 +242,12 @@ def collect(
     try:
         with torch.no_grad():
             for where, batch, call in hidden.batches(index):
-                # Not where a Linear is called more than once, nor before that is known.
-                if on_output is None and all(total.once for total in sums.values()):
-                    waiting.update(sums)
-                before = [total.calls for total in sums.values()]
+                calls.clear()
                 try:
                     output = call_block(block, batch, call)
                 except _EverythingSeen:
                     continue
-                waiting.clear()
-                for total, calls in zip(sums.values(), before, strict=True):
-                    total.once = total.calls == calls + 1
+                once = on_output is None and all(calls[group] == 1 for group in sums)
                 if on_output is not None:
                     on_output(where, output)
     finally:
@@ -302,12 +298,10 @@ class _EverythingSeen(Exception):
 
 
 class _Sums:
-    """Running sums over tokens of one shared input; ``once``: it came once in the last batch."""
+    """Running sums over tokens of one shared input."""
 
     def __init__(self, stride: int) -> None:
         self.tokens = 0
-        self.calls = 0
-        self.once = False
         self.stride = stride
         self.batches: list[Tensor] = []
         self.samples: list[Tensor] = []
@@ -329,7 +323,6 @@ class _Sums:
             self.largest = torch.maximum(self.largest, largest)
         add_gram(self.gram, x_TI)
         self.tokens += x_TI.shape[0]
-        self.calls += 1
         if self.stride:
             self.batches.append(largest.float())
             self.samples.append(x_TI[:: self.stride].float())
