@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["W4A16"])
     parser.add_argument("--methods", nargs="+", default=["gptq", "gptq+tune"])
     parser.add_argument("--steps", nargs="+", type=int, default=[0, 40])
-    parser.add_argument("--rate", type=float, default=0.02, help="largest step of a code's place")
+    parser.add_argument("--rate", type=float, default=0.001, help="largest step of a code's place")
     parser.add_argument("--scale-rate", type=float, default=1e-3)
     parser.add_argument("--target", choices=("block", "original"), default="block",
                         help="a block's output on the same inputs, or in the model")  # fmt: skip
